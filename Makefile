@@ -1,0 +1,55 @@
+# The commands of this repository; `make` or `make help` lists them. Everything lives in .venv; nothing is installed elsewhere.
+SHELL := /bin/bash
+PYTHON ?= python3
+# More arguments for pip, for example: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
+
+.PHONY: help install ext demo test lint docs config-docs bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+
+install: .venv/.installed  ## make .venv and install Octavo into it, with the tested versions
+
+# The kernels are built in place by `ext`, so the editable install leaves CMake out (wheel.cmake=false).
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Octavo needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv; the first time this downloads torch and may take minutes."
+	$(PIP) scikit-build-core cmake ninja
+	$(PIP) --no-build-isolation -C wheel.cmake=false -e '.[dev]'
+	@touch $@
+
+ext: .venv/.installed  ## build the C++ kernels in place; without a compiler it says so and builds none
+	@$(BIN)/python scripts/build_ext.py
+
+demo: ext  ## answer a batch of prompts with a real model (fetches 98 MB the first time)
+	@$(BIN)/python examples/demo.py
+
+test: ext  ## run the tests
+	@$(BIN)/python -m pytest
+
+lint: .venv/.installed  ## ruff and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+.venv/.docs: .venv/.installed
+	$(PIP) --no-build-isolation -C wheel.cmake=false -e '.[docs]'
+	@touch $@
+
+docs: .venv/.docs  ## build the documentation into docs/_build/html; a warning is an error
+	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+config-docs: .venv/.installed  ## write docs/config.md again after an option has changed
+	@$(BIN)/python docs/generate_config.py
+
+bench: ext  ## compare with transformers on this machine (the table of docs/performance.md; minutes)
+	@$(BIN)/python benchmarks/against_transformers.py
+
+clean:  ## remove what was built; .venv and the model cache stay
+	rm -rf build dist docs/_build octavo/ops/_C.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find octavo tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,99 @@
+"""Speed of ``linear`` on this CPU, against torch's float32 linear and against the memory and arithmetic it could use.
+
+Every matrix is timed over a set of copies larger than the caches, so that a decode step's reads come from memory as they do
+in a model. Prints a table for people and one JSON object as the last line:
+
+    python benchmarks/cpu_gemm.py --threads 2,4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo import ops
+
+SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152), (2048, 8192))  # (K, N): SmolLM2-135M, and a larger one
+ROWS = (1, 4, 16, 64, 512)
+CACHES = 96 << 20  # bytes of weights to rotate over; more than the last-level cache of common machines
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def seconds(call: Callable[[int], object], budget: float) -> float:
+    """Median time of call(i) for i = 0, 1, ... within about `budget` seconds, after two calls that do not count."""
+    call(0), call(1)
+    times: list[float] = []
+    end = time.perf_counter() + budget
+    while len(times) < 5 or (time.perf_counter() < end and len(times) < 1000):
+        start = time.perf_counter()
+        call(len(times))
+        times.append(time.perf_counter() - start)
+    times.sort()
+    return times[len(times) // 2]
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of reading memory once with all of torch's threads: the sum of a vector far larger than the caches."""
+    x = torch.ones(128 << 20)
+    return x.numel() * 4 / seconds(lambda i: x.sum(), 1.0)
+
+
+def copies_of(make: Callable[[], Tensor]) -> list[Tensor]:
+    first = make()
+    count = max(2, min(64, CACHES // max(1, first.numel() * first.element_size())))
+    return [first, *(first.clone() for _ in range(count - 1))]
+
+
+def measure(threads: int, dtype: str, budget: float) -> list[dict[str, object]]:
+    torch.set_num_threads(threads)
+    bandwidth = read_bandwidth()
+    print(f"\n{threads} threads, {dtype} weights, kernels {ops.isa()}, reading memory: {bandwidth / 1e9:.1f} GB/s")
+    print(f"{'K x N':>14} {'M':>5} {'linear us':>10} {'GB/s':>7} {'of read':>8} {'GFLOP/s':>8} {'torch us':>10} {'torch/ours':>10}")
+    figures: list[dict[str, object]] = []
+    for k, n in SHAPES:
+        weight = torch.randn(n, k)
+        plain = copies_of(lambda w=weight: w)
+        packed = copies_of(lambda w=weight: ops.pack_linear(w.to(DTYPES[dtype])))
+        for m in ROWS:
+            x, out = torch.randn(m, k), torch.empty(m, n)
+            ours = seconds(lambda i: ops.linear(out, x, packed[i % len(packed)], None, n), budget)
+            theirs = seconds(lambda i: F.linear(x, plain[i % len(plain)]), budget)
+            moved = packed[0].numel() * packed[0].element_size() / ours
+            flops = 2 * m * k * n / ours
+            print(
+                f"{k:>6} x {n:<5} {m:>5} {ours * 1e6:>10.1f} {moved / 1e9:>7.1f} {moved / bandwidth:>8.2f} {flops / 1e9:>8.1f}"
+                f" {theirs * 1e6:>10.1f} {theirs / ours:>10.2f}"
+            )
+            figures.append({
+                "threads": threads, "dtype": dtype, "k": k, "n": n, "m": m, "us": round(ours * 1e6, 2),
+                "gb_per_s": round(moved / 1e9, 2), "of_read_bandwidth": round(moved / bandwidth, 3),
+                "gflop_per_s": round(flops / 1e9, 1), "torch_us": round(theirs * 1e6, 2),
+                "torch_over_ours": round(theirs / ours, 3),
+            })
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", default="2,4", help="comma-separated thread counts")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="comma-separated weight dtypes")
+    parser.add_argument("--budget", type=float, default=0.2, help="seconds for each time")
+    args = parser.parse_args()
+    figures = []
+    with torch.inference_mode():
+        for threads in map(int, args.threads.split(",")):
+            for dtype in args.dtypes.split(","):
+                figures += measure(threads, dtype, args.budget)
+    machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "isa": ops.isa()}
+    print(json.dumps({"benchmark": "cpu_gemm", **machine, "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()

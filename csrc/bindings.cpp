@@ -1,0 +1,202 @@
+// The one place where torch and the kernels meet: TORCH_LIBRARY(octavo) with one schema line per operator, and for each its CPU
+// implementation under the same name. Only torch's stable C++ interface is used and no Python, so one binary serves every
+// torch from 2.11 on and every Python. Operators write into tensors they are given and return nothing; the exceptions are
+// pack_linear (its caller cannot know the padding) and isa/set_isa.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <type_traits>
+
+#include "common/check.h"
+#include "common/isa.h"
+#include "cpu/parallel.h"
+
+// With an instruction set other than x86 there is only `plain`, and the other names stand for it.
+#define OCTAVO_ISA plain
+#include "ops.h"
+#undef OCTAVO_ISA
+#ifdef OCTAVO_X86
+#define OCTAVO_ISA avx2
+#include "ops.h"
+#undef OCTAVO_ISA
+#define OCTAVO_ISA avx512
+#include "ops.h"
+#undef OCTAVO_ISA
+#else
+namespace octavo {
+namespace avx2 = plain;
+namespace avx512 = plain;
+}  // namespace octavo
+#endif
+
+namespace octavo {
+
+int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+void run_ranges(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+}
+
+namespace {
+
+using Handle = torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+DType dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return f32;
+    case ScalarType::Half: return f16;
+    case ScalarType::BFloat16: return bf16;
+    case ScalarType::Long: return i64;
+    case ScalarType::Int: return i32;
+    case ScalarType::Bool: return b8;
+    default: return other;
+  }
+}
+
+Tensor view(const Handle& handle) {
+  Tensor t;
+  t.data = handle.data_ptr();
+  t.dtype = dtype_of(handle.scalar_type());
+  t.item_size = static_cast<int64_t>(handle.element_size());
+  const auto sizes = handle.sizes();
+  const auto strides = handle.strides();
+  STD_TORCH_CHECK(sizes.size() <= max_dims, "octavo: a tensor of ", sizes.size(), " dimensions, at most ", max_dims, " are supported");
+  t.ndim = static_cast<int>(sizes.size());
+  for (int d = 0; d < t.ndim; ++d) {
+    t.size[d] = sizes[d];
+    t.stride[d] = strides[d];
+  }
+  return t;
+}
+
+// What the dispatcher hands over for a parameter of an operator, and how it becomes that parameter.
+template <class Parameter>
+struct Unboxed {  // numbers and bool
+  using type = Parameter;
+  const Parameter& value;
+  Parameter get() const { return value; }
+};
+template <>
+struct Unboxed<const Tensor&> {
+  using type = Handle;
+  Tensor value;
+  explicit Unboxed(const Handle& handle) : value(view(handle)) {}
+  const Tensor& get() const { return value; }
+};
+template <>
+struct Unboxed<const Tensor*> {
+  using type = std::optional<Handle>;
+  std::optional<Tensor> value;
+  explicit Unboxed(const std::optional<Handle>& handle) {
+    if (handle) value = view(*handle);
+  }
+  const Tensor* get() const { return value ? &*value : nullptr; }
+};
+template <>
+struct Unboxed<std::string_view> {
+  using type = std::string;
+  std::string_view value;
+  explicit Unboxed(const std::string& text) : value(text) {}
+  std::string_view get() const { return value; }
+};
+
+// One operator in all its instruction sets, callable by the dispatcher.
+template <auto plain, auto avx2, auto avx512, class Signature = decltype(plain)>
+struct Operator;
+
+template <auto plain, auto avx2, auto avx512, class... Parameters>
+struct Operator<plain, avx2, avx512, void (*)(Parameters...)> {
+  static void call(typename Unboxed<Parameters>::type... arguments) {
+    const auto kernel = isa() == Isa::avx512 ? avx512 : isa() == Isa::avx2 ? avx2 : plain;
+    kernel(Unboxed<Parameters>{arguments}.get()...);
+  }
+};
+
+Handle pack_linear(Handle weight) {
+  const Tensor t = view(weight);
+  Contract c("pack_linear");
+  c.tensor("weight", t, "NK", storage_types, rows);
+  const int64_t shape[] = {(c['N'] + 31) / 32, c['K'], 32};
+  Handle packed = torch::stable::new_empty(weight, {shape, 3});
+  Operator<&plain::pack_linear, &avx2::pack_linear, &avx512::pack_linear>::call(packed, weight);
+  return packed;
+}
+
+std::string get_isa() { return isa_name(); }
+
+std::string force_isa(std::string name) {
+  set_isa(name);
+  return isa_name();
+}
+
+}  // namespace
+}  // namespace octavo
+
+STABLE_TORCH_LIBRARY(octavo, m) {
+  m.def("rms_norm(Tensor(a!) out, Tensor x, Tensor weight, float eps, float offset) -> ()");
+  m.def("add_rms_norm(Tensor(a!) out, Tensor(b!) residual, Tensor x, Tensor weight, float eps, float offset) -> ()");
+  m.def("layer_norm(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, float eps) -> ()");
+  m.def("add_layer_norm(Tensor(a!) out, Tensor(b!) residual, Tensor x, Tensor weight, Tensor? bias, float eps) -> ()");
+  m.def("rope(Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor cos_sin, bool interleaved) -> ()");
+  m.def("gated_activation(Tensor(a!) out, Tensor x, str kind) -> ()");
+  m.def("activation(Tensor(a!) out, Tensor x, str kind) -> ()");
+
+  m.def("write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
+  m.def("gather_kv(Tensor(a!) key, Tensor(b!) value, Tensor k_cache, Tensor v_cache, Tensor slots) -> ()");
+  m.def("copy_blocks(Tensor(a!) kv, Tensor pairs) -> ()");
+  m.def("swap_blocks(Tensor src, Tensor(a!) dst, Tensor pairs) -> ()");
+
+  m.def(
+      "paged_attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor rows, "
+      "Tensor query_start, Tensor context_len, float scale, int window, float softcap, Tensor? alibi_slopes) -> ()");
+
+  m.def("pack_linear(Tensor weight) -> Tensor");
+  m.def("linear(Tensor(a!) out, Tensor x, Tensor packed, Tensor? bias, int n) -> ()");
+  m.def("embedding(Tensor(a!) out, Tensor ids, Tensor packed, int n) -> ()");
+
+  m.def(
+      "penalties(Tensor(a!) logits, Tensor counts, Tensor prompt_mask, Tensor slots, Tensor repetition, Tensor frequency, "
+      "Tensor presence) -> ()");
+  m.def(
+      "sample(Tensor(a!) tokens, Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, "
+      "Tensor index, Tensor positions) -> ()");
+  m.def(
+      "token_logprobs(Tensor(a!) logprobs, Tensor(b!) ranks, Tensor(c!) top_ids, Tensor(d!) top_logprobs, Tensor logits, "
+      "Tensor tokens) -> ()");
+
+  m.def("isa() -> str");
+  m.def("set_isa(str name) -> str");
+}
+
+#define OCTAVO_CPU(name) \
+  m.impl(#name, TORCH_BOX((&octavo::Operator<&octavo::plain::name, &octavo::avx2::name, &octavo::avx512::name>::call)))
+
+STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
+  OCTAVO_CPU(rms_norm);
+  OCTAVO_CPU(add_rms_norm);
+  OCTAVO_CPU(layer_norm);
+  OCTAVO_CPU(add_layer_norm);
+  OCTAVO_CPU(rope);
+  OCTAVO_CPU(gated_activation);
+  OCTAVO_CPU(activation);
+  OCTAVO_CPU(write_kv);
+  OCTAVO_CPU(gather_kv);
+  OCTAVO_CPU(copy_blocks);
+  OCTAVO_CPU(swap_blocks);
+  OCTAVO_CPU(paged_attention);
+  OCTAVO_CPU(linear);
+  OCTAVO_CPU(embedding);
+  OCTAVO_CPU(penalties);
+  OCTAVO_CPU(sample);
+  OCTAVO_CPU(token_logprobs);
+  m.impl("pack_linear", TORCH_BOX(&octavo::pack_linear));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(octavo, CompositeExplicitAutograd, m) {  // no tensor argument names a device
+  m.impl("isa", TORCH_BOX(&octavo::get_isa));
+  m.impl("set_isa", TORCH_BOX(&octavo::force_isa));
+}

@@ -1,0 +1,107 @@
+"""``octavo bench latency|throughput``: a table for people, then one line of JSON for programs.
+
+Owns the flags and the order of things; measuring is in ``octavo.bench``. Invariant: prompts are random token ids and
+no tokenizer is loaded, so a folder that holds only config.json is enough with ``--load-format dummy``.
+"""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from octavo.commands.console import number_text, print_table
+from octavo.commands.options import engine_options
+from octavo.config import EngineConfig, human_int
+from octavo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from octavo.bench.workload import Workload
+    from octavo.llm import LLM
+
+NOTE = "Prompts are random token ids; no tokenizer is loaded. The last line of the output is JSON."
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand and its two kinds."""
+    parser = commands.add_parser("bench", help="measure latency or throughput", description=f"Measure. {NOTE}")
+    kinds = parser.add_subparsers(title="benchmarks", metavar="KIND", dest="kind", required=True)
+    latency = kinds.add_parser("latency", help="one batch, again and again", description=f"Time one batch. {NOTE}")
+    latency.add_argument("--input-len", type=human_int, default=32, help="prompt tokens of a request (default: 32)")
+    latency.add_argument("--output-len", type=human_int, default=128, help="output tokens of a request (default: 128)")
+    latency.add_argument("--batch-size", type=human_int, default=8, help="requests at once (default: 8)")
+    latency.add_argument("--num-iters-warmup", type=human_int, default=10,
+                         help="runs before those that count (default: 10)")
+    latency.add_argument("--num-iters", type=human_int, default=30, help="runs that count (default: 30)")
+    throughput = kinds.add_parser(
+        "throughput", help="many requests at once", description=f"Time many requests given at once. {NOTE}")
+    throughput.add_argument("--num-prompts", type=human_int, help="requests; default: 1000, or all of --lengths")
+    throughput.add_argument("--input-len", type=human_int, help="prompt tokens of a request (default: 512)")
+    throughput.add_argument("--output-len", type=human_int, help="output tokens of a request (default: 128)")
+    throughput.add_argument("--lengths", metavar="FILE", help="JSON list of [prompt tokens, output tokens] per request")
+    throughput.add_argument("--temperature", type=float, default=0.0, help="of every request (default: 0, greedy)")
+    for kind, run in ((latency, run_latency), (throughput, run_throughput)):
+        EngineConfig.add_cli_args(kind)
+        kind.set_defaults(run=run)
+
+
+def run_latency(args: argparse.Namespace) -> int:
+    """Measure and print the latency of one batch."""
+    from octavo.bench import latency
+    from octavo.bench.workload import uniform
+
+    workload = uniform(args.batch_size, args.input_len, args.output_len)
+    llm, vocab_size = _load(args)
+    try:
+        found = latency.measure(llm, workload, vocab_size, num_iters_warmup=args.num_iters_warmup,
+                                num_iters=args.num_iters, seed=args.seed)
+    finally:
+        llm.close()
+    _print(args, workload, found.figures())
+    return 0
+
+
+def run_throughput(args: argparse.Namespace) -> int:
+    """Measure and print the throughput of a workload."""
+    from octavo.bench import throughput
+    from octavo.params import SamplingParams
+
+    workload = _workload(args)
+    SamplingParams(temperature=args.temperature)  # refuses a bad value before the model is loaded
+    llm, vocab_size = _load(args)
+    try:
+        found = throughput.measure(llm, workload, vocab_size, temperature=args.temperature, seed=args.seed,
+                                   use_tqdm=sys.stderr.isatty())
+    finally:
+        llm.close()
+    _print(args, workload, found.figures())
+    return 0
+
+
+def _workload(args: argparse.Namespace) -> "Workload":
+    from octavo.bench.workload import read_lengths, uniform
+
+    if args.lengths is None:
+        given = {"num_prompts": 1000, "input_len": 512, "output_len": 128}
+        given |= {name: getattr(args, name) for name in given if getattr(args, name) is not None}
+        return uniform(**given)
+    for name in ("input_len", "output_len"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"{name} cannot be combined with lengths, got {getattr(args, name)}.", name)
+    return read_lengths(args.lengths, args.num_prompts)
+
+
+def _load(args: argparse.Namespace) -> "tuple[LLM, int]":
+    config = EngineConfig.from_cli_args(args).replace(skip_tokenizer_init=True)
+    from octavo.llm import LLM  # loads torch, which --help and a wrong flag must not
+
+    llm = LLM(**engine_options(config))
+    return llm, llm.llm_engine.group.info.vocab_size
+
+
+def _print(args: argparse.Namespace, workload: "Workload", figures: dict[str, tuple[float, str]]) -> None:
+    from octavo.bench.report import document, json_line
+
+    title = f"{args.model}: {len(workload.lengths)} requests, {workload.num_prompt_tokens} prompt and " \
+            f"{workload.num_output_tokens} output tokens"
+    rows = [(name, number_text(value), unit) for name, (value, unit) in figures.items()]
+    print_table(title, ("figure", "value", "unit"), rows, numeric={1})
+    print(json_line(document(args.model, workload.name, figures, args.argv)))

@@ -1,0 +1,160 @@
+"""``octavo chat MODEL``: a conversation on the terminal or through a pipe, streamed token by token.
+
+Owns the conversation (its history and the two slash commands); it does not know templates or tokens. Invariant: the
+history holds whole turns only; a turn that was refused leaves no trace in it.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from octavo.commands.options import NOT_IN_CHAT, add_sampling_args, sampling_changes, with_changes
+from octavo.config import EngineConfig
+from octavo.errors import OctavoError, RequestError
+from octavo.outputs import RequestOutput
+from octavo.params import SamplingParams
+
+HELP = "/reset forgets the conversation, /exit ends it (so does Ctrl-D); Ctrl-C stops an answer."
+
+
+Messages = list[dict[str, str]]
+
+
+class ChatEngine(Protocol):
+    """What a chat needs of LLMEngine."""
+
+    def add_request(self, request_id: str, prompt: Any, sampling_params: SamplingParams) -> None:
+        """Queue a request."""
+
+    def step(self) -> list[RequestOutput]:
+        """Compute a step."""
+
+    def abort_request(self, request_id: str) -> None:
+        """End a request now."""
+
+    def has_unfinished_requests(self) -> bool:
+        """True while a request waits or runs."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser("chat", help="talk with a model", description=f"Talk with a model. {HELP}")
+    parser.add_argument("--system-prompt", metavar="TEXT", help="first message of the conversation, in the system role")
+    add_sampling_args(parser, without=NOT_IN_CHAT)
+    EngineConfig.add_cli_args(parser, model="positional")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the model and talk until the input ends."""
+    config = EngineConfig.from_cli_args(args)
+    if config.skip_tokenizer_init:
+        raise RequestError("skip_tokenizer_init cannot be combined with chat, got True.", "skip_tokenizer_init")
+    from octavo.llm import LLMEngine  # loads torch, which --help and a wrong flag must not
+    from octavo.text.chat import chat_prompt
+
+    tty = sys.stdin.isatty() and sys.stdout.isatty()
+    # A conversation is for a person: the engine's lines of statistics would fall into the middle of an answer.
+    engine = LLMEngine.from_engine_args(config.replace(disable_log_stats=True) if tty else config)
+    try:
+        params = with_changes(engine.default_params(None), sampling_changes(args))
+        encode = functools.partial(chat_prompt, engine.template, engine.get_tokenizer())
+        if tty:
+            print(HELP)
+        conversation = Conversation(engine, encode, params, args.system_prompt)
+        return talk(conversation, _typed() if tty else _piped(), stoppable=tty)
+    finally:
+        engine.close()
+
+
+class Conversation:
+    """Messages so far, and the way to get the next answer.
+
+    Args:
+        engine: adds requests and steps. encode: messages -> prompt text and token ids.
+        params: for every answer. system: text of the system message, or None.
+    """
+
+    def __init__(self, engine: ChatEngine, encode: Callable[[Messages], tuple[str, list[int]]], params: SamplingParams,
+                 system: str | None = None) -> None:
+        self.engine = engine
+        self.encode = encode
+        self.params = params
+        self.system: Messages = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = list(self.system)
+        self._turns = 0
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = list(self.system)
+
+    def answer(self, text: str, write: Callable[[str], None], *, stoppable: bool = False) -> None:
+        """Send a user message and stream the answer to ``write``.
+
+        Args:
+            stoppable: Ctrl-C ends the answer, which is kept as far as it came; else it ends the program.
+
+        Raises:
+            OctavoError: the message was refused or the answer failed; the history is as before.
+        """
+        talk = [*self.messages, {"role": "user", "content": text}]
+        prompt, ids = self.encode(talk)
+        self._turns += 1
+        name = f"turn-{self._turns}"
+        self.engine.add_request(name, {"prompt": prompt, "prompt_token_ids": ids}, self.params)
+        shown = ""
+        try:
+            while self.engine.has_unfinished_requests():
+                for output in self.engine.step():
+                    if output.error is not None:
+                        raise OctavoError(output.error)
+                    answer = output.outputs[0].text
+                    write(answer[len(shown):])
+                    shown = answer
+        except KeyboardInterrupt:
+            self.engine.abort_request(name)
+            if not stoppable:
+                raise
+        self.messages = [*talk, {"role": "assistant", "content": shown}]
+
+
+def talk(conversation: Conversation, lines: Iterator[str], *, stoppable: bool = False) -> int:
+    """Answer every line until the input or the user ends; returns 1 when a message was refused, else 0."""
+    code = 0
+    for line in lines:
+        text = line.strip()
+        if text == "/exit":
+            break
+        if text == "/reset":
+            conversation.reset()
+        elif text:
+            try:
+                conversation.answer(text, _write, stoppable=stoppable)
+            except OctavoError as error:
+                print(f"octavo: error: {error}", file=sys.stderr)
+                code = 1
+            print(flush=True)
+    return code
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _typed() -> Iterator[str]:
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() line editing and history
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+
+
+def _piped() -> Iterator[str]:
+    yield from sys.stdin

@@ -1,0 +1,116 @@
+"""Command-line flags for SamplingParams, and the engine options of a namespace.
+
+Owns how a sampling field is spelt on the command line; ranges stay in SamplingParams. Invariant: only flags that were
+given appear among the changes, so the model's own defaults (generation_config.json) hold for all others.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from octavo.config import EngineConfig, human_int
+from octavo.errors import RequestError
+from octavo.params import SamplingParams
+
+# Fields that make no sense where one answer is streamed to a person.
+NOT_IN_CHAT = frozenset({"n", "best_of", "use_beam_search", "length_penalty", "early_stopping", "logprobs",
+                         "prompt_logprobs", "detokenize"})
+
+
+@dataclass(frozen=True)
+class _Flag:
+    """How one field is read: a value of ``kind``, a switch (``bool``), or a flag that may be repeated (``many``)."""
+
+    help: str
+    kind: Callable[[str], Any]
+    many: bool = False
+
+
+def _early_stopping(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _bias(text: str) -> dict[int, float]:
+    """{"id": bias} as JSON; JSON keys are strings, the ids inside them are read here."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return {int(token): bias for token, bias in value.items()}
+
+
+FLAGS: Mapping[str, _Flag] = {
+    "n": _Flag("continuations per prompt", int),
+    "best_of": _Flag("continuations to compute, of which the n best are kept", int),
+    "presence_penalty": _Flag("-2 to 2, once per token that the output holds", float),
+    "frequency_penalty": _Flag("-2 to 2, for every occurrence in the output", float),
+    "repetition_penalty": _Flag("above 1: tokens of prompt and output become less likely", float),
+    "temperature": _Flag("0 is greedy", float),
+    "top_p": _Flag("nucleus mass, (0, 1]", float),
+    "top_k": _Flag("most likely tokens to choose from; -1: all", int),
+    "min_p": _Flag("least probability relative to the best token, [0, 1]", float),
+    "stop": _Flag("string that ends a continuation", str, many=True),
+    "stop_token_ids": _Flag("token id that ends a continuation", int, many=True),
+    "ignore_eos": _Flag("go on after the model's end token", bool),
+    "include_stop_str_in_output": _Flag("keep the stop string in the text", bool),
+    "max_tokens": _Flag("most tokens per continuation; default: all that fits", human_int),
+    "min_tokens": _Flag("no end before so many tokens", int),
+    "logprobs": _Flag("top alternatives to report per token; 0: the sampled one only", int),
+    "prompt_logprobs": _Flag("the same for prompt tokens", int),
+    "detokenize": _Flag("turn ids into text", bool),
+    "skip_special_tokens": _Flag("leave special tokens out of the text", bool),
+    "spaces_between_special_tokens": _Flag("put spaces between special tokens in the text", bool),
+    "logit_bias": _Flag('JSON {"token id": bias}, bias from -100 to 100', _bias),
+    "allowed_token_ids": _Flag("token id that may be sampled; others may not", int, many=True),
+    "bad_words": _Flag("string that may not be generated", str, many=True),
+    "use_beam_search": _Flag("beam search of width best_of (or n); needs --temperature 0", bool),
+    "length_penalty": _Flag("exponent of the length in a beam's score", float),
+    "early_stopping": _Flag("end of a beam search: true, false or never", _early_stopping),
+}
+
+
+def add_sampling_args(parser: argparse.ArgumentParser, without: frozenset[str] = frozenset()) -> None:
+    """Add a flag per sampling field, less ``without``; ``--sampling-seed`` is a request's, --seed the engine's."""
+    group = parser.add_argument_group("sampling (a flag that is not given leaves the model's own default)")
+    given: dict[str, Any] = {"default": argparse.SUPPRESS}
+    for name, flag in FLAGS.items():
+        if name in without:
+            continue
+        spelt, dest = "--" + name.replace("_", "-"), "sampling_" + name
+        if flag.kind is bool:
+            group.add_argument(spelt, dest=dest, action=argparse.BooleanOptionalAction, help=flag.help, **given)
+        else:
+            action, more = ("append", " (may be repeated)") if flag.many else ("store", "")
+            kind = flag.kind
+            group.add_argument(spelt, dest=dest, type=kind, action=action, metavar=_metavar(kind),
+                               help=flag.help + more, **given)
+    group.add_argument("--sampling-seed", dest="sampling_seed", type=int, metavar="INT",
+                       help="seed of every request; default: drawn from --seed", **given)
+
+
+def _metavar(kind: Callable[[str], Any]) -> str:
+    names: dict[Any, str] = {int: "INT", human_int: "INT", float: "NUMBER", str: "TEXT", _bias: "JSON"}
+    return names.get(kind, "VALUE")
+
+
+def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling fields that the command line gave, by field name."""
+    prefix = "sampling_"
+    return {name.removeprefix(prefix): value for name, value in vars(args).items() if name.startswith(prefix)}
+
+
+def with_changes(defaults: SamplingParams, changes: Mapping[str, Any]) -> SamplingParams:
+    """The defaults with the command line's values; with beam search the model's own random choices do not count."""
+    beam = changes.get("use_beam_search", False)
+    if beam and "temperature" not in changes:
+        raise RequestError("temperature must be 0 when using beam search: give --temperature 0.", "temperature")
+    if beam:  # a model's own top_p or top_k is a default, not a wish: beam search has no use for it
+        neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        changes = {**neutral, **changes}
+    return defaults.clone(**changes)
+
+
+def engine_options(config: EngineConfig) -> dict[str, Any]:
+    """The config as keyword arguments of LLM."""
+    return {f.name: getattr(config, f.name) for f in fields(config)}

@@ -1,0 +1,83 @@
+"""``octavo plan MODEL``: where every byte of a device will go, before anything is loaded and without a GPU.
+
+Owns the table on the screen; the arithmetic is the worker's own (``worker.memory``). Invariant: no weight is read, and
+what is printed is what an engine with the same options would allocate on that device.
+"""
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from octavo.commands.console import print_table
+from octavo.config import EngineConfig, human_int
+from octavo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from octavo.worker.memory import Machine, MemoryPlan
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "plan", help="show where memory will go",
+        description="Show where every byte of a device will go. Needs the model's config only, and no GPU.")
+    parser.add_argument("--device-memory", type=human_int, metavar="BYTES",
+                        help="plan for a device with so much memory, such as 80G; default: this machine")
+    EngineConfig.add_cli_args(parser, model="positional")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compute and print the plan."""
+    config = EngineConfig.from_cli_args(args)
+    if args.device_memory is not None and args.device_memory < 1:
+        raise ConfigError(f"device_memory must be at least 1, got {args.device_memory}.", "device_memory")
+    from octavo.models.hub import resolve  # these load torch, which --help and a wrong flag must not
+    from octavo.models.registry import spec
+    from octavo.worker.memory import plan_memory, resolve_dtype
+
+    # "dummy" keeps a hub id from downloading weights; the plan itself does not depend on where they would come from.
+    source = resolve(config if config.load_format == "gguf" else config.replace(load_format="dummy"))
+    machine = _machine(config, args.device_memory)
+    plan = plan_memory(spec(source.config), config, resolve_dtype(config, source), machine)
+    show(config.model, machine, plan)
+    return 0
+
+
+def _machine(config: EngineConfig, device_memory: int | None) -> "Machine":
+    """The device to plan for: this host's memory, or ``device_memory`` of the configured kind of device."""
+    from octavo.worker.memory import machine_memory, resolve_device
+
+    host, device = machine_memory(), resolve_device(config)
+    if device_memory is not None:
+        return dataclasses.replace(host, device=device, total=device_memory, available=device_memory)
+    if device != host.device:
+        raise ConfigError(f"device_memory must be given to plan for device {device!r}, such as --device-memory 80G.",
+                          "device_memory")
+    return host
+
+
+def show(model: str, machine: "Machine", plan: "MemoryPlan") -> None:
+    """Print the table and what follows from it."""
+    from octavo.worker.memory import size_text
+
+    rows = [(row.name, size_text(row.bytes), row.how) for row in plan.rows]
+    rows.append(("total", size_text(plan.total), f"of {size_text(machine.available)} available"))
+    rows.append(("(host pool)", size_text(plan.host.bytes), plan.host.how))
+    print_table(f"Memory of {model} on a {machine.device} device", ("part", "size", "how"), rows, numeric={1})
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in (plan.dtype, plan.kv_dtype)]
+    facts = [
+        ("weights, KV cache", f"{dtypes[0]}, {dtypes[1]}"),
+        ("KV of a token", size_text(plan.block_bytes // plan.block_size)),
+        ("tokens that fit", f"{plan.tokens:,} in {plan.num_blocks:,} blocks of {plan.block_size}"),
+        ("longest sequence", f"{plan.max_model_len:,} tokens; {plan.full_sequences:,} such sequences fit at once"),
+        ("a step", f"at most {plan.max_num_seqs:,} sequences, {plan.max_num_batched_tokens:,} tokens"),
+    ]
+    if plan.window_waste:
+        waste = f"{size_text(plan.window_waste)} of a longest sequence's KV, by layers whose window has passed it"
+        facts.append(("kept in vain", waste))
+    print()
+    for name, text in facts:
+        print(f"  {name:<18} {text}")
+    for note in plan.notes:
+        print(f"  Note: {note}")

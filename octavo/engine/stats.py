@@ -1,0 +1,79 @@
+"""Stats: what the engine has done and holds, as plain numbers, and the line that a log gets every ten seconds.
+
+Owns the counters; it does not know how they come about. Invariant: counters only grow, gauges are set once per step.
+"""
+
+import dataclasses
+import logging
+from collections import Counter
+
+LOG_SECONDS = 10.0
+
+
+@dataclasses.dataclass(slots=True)
+class Stats:
+    """Counters since the start, and gauges of the last step.
+
+    Attributes:
+        running, waiting, swapped: sequences (gauges); swapped ones wait too. kv_blocks, kv_used, kv_cached, host_used:
+            blocks (gauges).
+        prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found there.
+        prompt_tokens, generated_tokens: computed tokens that were known before (recomputed ones too), and sampled ones.
+        steps, failed_steps; preempted_recompute, preempted_swap: sequences.
+        finished: sequences by reason. requests: accepted ones.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    swapped: int = 0
+    kv_blocks: int = 0
+    kv_used: int = 0
+    kv_cached: int = 0
+    host_used: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    failed_steps: int = 0
+    preempted_recompute: int = 0
+    preempted_swap: int = 0
+    requests: int = 0
+    finished: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the blocks that somebody uses, 0 to 1."""
+        return self.kv_used / self.kv_blocks if self.kv_blocks else 0.0
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Share of the prompt tokens that were found in the prefix cache, 0 to 1."""
+        return self.prefix_hits / self.prefix_queries if self.prefix_queries else 0.0
+
+
+class StatsLog:
+    """Writes a line about the last ten seconds when they are over.
+
+    Args:
+        logger: gets the line at INFO. now: monotonic seconds at the start.
+    """
+
+    def __init__(self, logger: logging.Logger, now: float) -> None:
+        self._logger, self._since = logger, now
+        self._prompt = self._generated = self._queries = self._hits = 0
+
+    def due(self, now: float) -> bool:
+        """True when ten seconds have passed since the last line."""
+        return now - self._since >= LOG_SECONDS
+
+    def write(self, stats: Stats, now: float) -> None:
+        """Write the line and begin the next interval."""
+        seconds = now - self._since
+        queries, hits = stats.prefix_queries - self._queries, stats.prefix_hits - self._hits
+        self._logger.info(
+            "in %.1f tokens/s, out %.1f tokens/s, running %d, waiting %d, swapped %d, KV use %.1f %%, prefix hits %.1f %%",
+            (stats.prompt_tokens - self._prompt) / seconds, (stats.generated_tokens - self._generated) / seconds,
+            stats.running, stats.waiting, stats.swapped, 100.0 * stats.kv_usage, 100.0 * hits / queries if queries else 0.0)
+        self._since, self._prompt, self._generated = now, stats.prompt_tokens, stats.generated_tokens
+        self._queries, self._hits = stats.prefix_queries, stats.prefix_hits

@@ -1,0 +1,77 @@
+"""Attention of one layer: project, prepare (norm, rotate), write the KV cache, attend, project.
+
+Owns its two projections and the numbers of its scores; it does not know its place in a block, nor who laid out the
+cache. Invariant: the keys and values of the step's own tokens are in the cache before the first query looks at it, so
+prompt, chunk and decode are one code path.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from octavo import ops
+from octavo.layers.linear import Linear
+from octavo.layers.norm import RMSNorm
+from octavo.layers.rope import Rope
+from octavo.layers.weight import Slots, prefixed
+from octavo.layers.workspace import Workspace
+from octavo.parallel import Shards
+
+Prepare = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class QKNorm:
+    """RMSNorm of every head of q and of k, each with its own weight."""
+
+    def __init__(self, head_dim: int, eps: float, offset: float) -> None:
+        self.q_norm, self.k_norm = RMSNorm(head_dim, eps, offset), RMSNorm(head_dim, eps, offset)
+
+    def slots(self) -> Slots:
+        """``q_norm.weight`` and ``k_norm.weight`` [head_dim]."""
+        return prefixed("q_norm.", self.q_norm.slots()) | prefixed("k_norm.", self.k_norm.slots())
+
+    def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
+        """Norm q and k in place; positions play no part."""
+        self.q_norm(q, q)
+        self.k_norm(k, k)
+
+
+class Attention:
+    """One layer's attention.
+
+    Args:
+        hidden, num_heads, num_kv_heads, head_dim: sizes. qkv_bias, out_bias: biases of the projections.
+        scale: multiplies q.k. window: last keys that a query sees, 0 for all. softcap: of the scores, 0 off.
+        qk_norm: applied to q and k first. rope: applied after it. dtype: of the weights. shards: the group.
+    """
+
+    def __init__(
+        self, *, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, qkv_bias: bool, out_bias: bool,
+        scale: float, window: int, softcap: float, qk_norm: QKNorm | None, rope: Rope | None, dtype: torch.dtype,
+        shards: Shards,
+    ) -> None:
+        q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
+        self.qkv = Linear(hidden, {"q": q_size, "k": kv_size, "v": kv_size}, bias=qkv_bias, dtype=dtype)
+        self.o = Linear(q_size, {"o": hidden}, bias=out_bias, dtype=dtype)
+        self.scale, self.window, self.softcap, self.shards = scale, window, softcap, shards
+        self._qk_norm = qk_norm
+        self._prepare: tuple[Prepare, ...] = tuple(step for step in (qk_norm, rope) if step is not None)
+
+    def slots(self) -> Slots:
+        """``q|k|v|o.weight`` and biases, and the slots of the qk norm."""
+        return self.qkv.slots() | self.o.slots() | (self._qk_norm.slots() if self._qk_norm else {})
+
+    def __call__(self, out: Tensor, x: Tensor, work: Workspace, k_cache: Tensor, v_cache: Tensor) -> None:
+        """out [tokens, hidden] from x [tokens, hidden]; caches [num_blocks, block_size, kv_heads, head_dim]."""
+        meta = work.meta
+        self.qkv(work.qkv, x)
+        for step in self._prepare:
+            step(work.q, work.k, work.positions)
+        ops.write_kv(work.k, work.v, k_cache, v_cache, meta.slots)
+        ops.paged_attention(
+            work.heads, work.q, k_cache, v_cache, meta.block_tables, meta.rows, meta.query_start, meta.context_len,
+            self.scale, self.window, self.softcap, None,
+        )
+        self.o(out, work.mixed)
+        self.shards.all_reduce(out)

@@ -1,0 +1,29 @@
+"""ModelSource: where a model lies on this machine and what its config says, as frozen data.
+
+Owns nothing but the record that ``hub.resolve`` makes and that the loader, the worker and the tokenizer read. It does
+not know how to find, fetch or read a checkpoint. Invariant: ``path`` existed when the record was made, and ``config``
+already carries the user's overrides.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model on the local disk.
+
+    Attributes:
+        kind: "folder" (Hugging Face layout: config.json beside the weights) or "gguf" (one file).
+        path: the folder, or the GGUF file.
+        config: config.json with hf_overrides applied; for a GGUF file the same keys, made from its metadata.
+        generation_config: generation_config.json, or {}.
+        name: the model as the user typed it, for messages.
+    """
+
+    kind: Literal["folder", "gguf"]
+    path: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    name: str = ""

@@ -1,0 +1,84 @@
+"""The only door to the compiled kernels: loads ``_C.so`` beside this file, or says once that it is not there.
+
+Owns the loading, the fake (meta) versions and the choice between kernel and reference; it does not know what an
+operator computes. Invariant: the choice is made once, at import, for all operators together: either every name of NAMES
+is a kernel or every one is a function of reference.py. An extension that is there and cannot be used is a ConfigError.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import octavo.ops.reference as reference
+from octavo.errors import ConfigError
+from octavo.log import get_logger
+
+EXTENSION = Path(__file__).with_name("_C.so")
+REBUILD = "Build it with `make ext` in a checkout, or install Octavo again where a C++ compiler is found."
+IN_PLACE = (
+    "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "gated_activation", "activation",
+    "write_kv", "gather_kv", "copy_blocks", "swap_blocks", "paged_attention", "linear", "embedding",
+    "penalties", "sample", "token_logprobs",
+)
+NAMES = (*IN_PLACE, "pack_linear")
+
+
+def _load(path: Path) -> bool:
+    """Load the extension if the file is there; True when its operators are registered."""
+    if not path.is_file():
+        get_logger("octavo.ops").warning(
+            "The compiled kernels are not built (no %s): the slow reference operators are in use. %s",
+            path.name, REBUILD,
+        )
+        return False
+    load: Callable[[str], None] = torch.ops.load_library
+    try:
+        load(str(path))
+    except (OSError, RuntimeError) as error:
+        reason = error.__cause__ or error  # torch wraps the loader's own words
+        raise ConfigError(f"{path} cannot be loaded with torch {torch.__version__}: {reason}. {REBUILD}") from error
+    missing = [name for name in NAMES if not hasattr(torch.ops.octavo, name)]
+    if missing:
+        raise ConfigError(f"{path} is from another version of Octavo: it lacks {', '.join(missing)}. {REBUILD}")
+    return True
+
+
+def _register_fakes() -> None:
+    """Shapes without data, for tracing: the out-variants return nothing, so there is nothing to work out."""
+    for name in IN_PLACE:
+        torch.library.register_fake(f"octavo::{name}", lambda *args: None)
+    torch.library.register_fake("octavo::pack_linear", _fake_pack_linear)
+
+
+def _fake_pack_linear(weight: Tensor) -> Tensor:
+    n, k = weight.shape
+    return weight.new_empty(((n + reference.PANEL - 1) // reference.PANEL, k, reference.PANEL))
+
+
+_BUILT = _load(EXTENSION)
+if _BUILT:
+    _register_fakes()
+
+
+def choose(name: str) -> Callable[..., Any]:
+    """The callable behind an operator's public name: the kernel where built, else the reference function.
+
+    The kernel is returned as torch's own overload, without a Python function around it: a layer calls about ten.
+    """
+    if name not in NAMES:
+        raise AttributeError(f"{name} is not an operator of Octavo")
+    chosen: Callable[..., Any] = getattr(torch.ops.octavo, name).default if _BUILT else getattr(reference, name)
+    return chosen
+
+
+def built() -> bool:
+    """True when the compiled kernels are in use."""
+    return _BUILT
+
+
+def isa() -> str:
+    """The instruction set that the kernels chose on this machine, such as ``avx512``; ``reference`` without kernels."""
+    return str(torch.ops.octavo.isa()) if _BUILT else "reference"

@@ -1,0 +1,87 @@
+"""Worker groups: how plans reach the devices. One local device for now.
+
+Owns the way of a plan to the runner and of its result back; it does not know what is in them. Invariant: plans and
+registrations are carried out in the order in which they were given, and every Pending answers once its step has ended,
+with a result or with the exception that ended it.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from octavo.config import EngineConfig
+from octavo.models.source import ModelSource
+from octavo.plan import GroupInfo, StepPlan, StepResult
+from octavo.worker.logit_edits import Processor
+from octavo.worker.runner import ModelRunner
+
+
+class Pending:
+    """A step that was submitted."""
+
+    def __init__(self, future: "Future[StepResult]") -> None:
+        self._future = future
+
+    def done(self) -> bool:
+        """Whether ``result`` would answer at once."""
+        return self._future.done()
+
+    def result(self) -> StepResult:
+        """Wait for the step; raises what the step raised."""
+        return self._future.result()
+
+
+class LocalGroup:
+    """One device in this process.
+
+    Args:
+        config: options. source: the model. asynchronous: carry plans out in one background thread, in order, so that
+            the engine overlaps with the step; the default runs a step inside ``submit``, because on a CPU there is
+            nothing to overlap with. runner: used instead of making one (tests).
+
+    Attributes:
+        info: what the engine has to know. asynchronous: whether ``submit`` returns before the step has run.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        source: ModelSource,
+        *,
+        asynchronous: bool = False,
+        runner: ModelRunner | None = None,
+    ) -> None:
+        self.runner = runner or ModelRunner(config, source)
+        self.info: GroupInfo = self.runner.info
+        self.asynchronous = asynchronous
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="octavo-worker") if asynchronous else None
+        self._closed = False
+
+    def submit(self, plan: StepPlan) -> Pending:
+        """Carry out a plan now, or after those before it; RuntimeError once closed."""
+        self._check_open()
+        if self._thread is not None:
+            return Pending(self._thread.submit(self.runner.run, plan))
+        future: Future[StepResult] = Future()
+        try:
+            future.set_result(self.runner.run(plan))
+        except Exception as error:
+            future.set_exception(error)
+        return Pending(future)
+
+    def set_processors(self, row: int, generation: int, processors: Sequence[Processor]) -> None:
+        """Register logits processors for a row; call it before submitting the plan that starts the row."""
+        self._check_open()
+        if self._thread is None:
+            self.runner.set_processors(row, generation, processors)
+        else:  # in order, without waiting: a registration that fails is found by the plan that starts the row
+            self._thread.submit(self.runner.set_processors, row, generation, processors)
+
+    def close(self) -> None:
+        """Wait for what was submitted and refuse more. Closing twice is allowed."""
+        self._closed = True
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the worker group is closed.")

@@ -1,0 +1,233 @@
+"""Logit edits: what a request may do to its logits before a token is chosen.
+
+Owns bias, allowed ids, bad words, the mask of end tokens below min_tokens, logits processors and the counters behind
+penalties; it does not sample and does not know temperature. Only rows that ask cost anything: they are found once, when
+they start. Order: bias, allowed, bad words, min_tokens, then processors, then penalties. Invariant: an edit reads and
+writes its own row of logits only, so a processor that raises spoils its own row and no other.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from octavo import ops
+from octavo.log import get_logger
+from octavo.plan import NewRow, RowSampling, StepPlan
+from octavo.worker.tables import Index, Tables
+
+Processor = Callable[[list[int], Tensor], Tensor]
+logger = get_logger(__name__)
+
+
+class RowEdits:
+    """The edits of one row, with its ids as tensors.
+
+    Args:
+        generation: the row's owner. sampling: how it samples. processors: its logits processors.
+    """
+
+    def __init__(self, generation: int, sampling: RowSampling, processors: Sequence[Processor]) -> None:
+        self.generation = generation
+        self.bias_ids = torch.tensor(sampling.bias_ids, dtype=torch.int64)
+        self.bias_values = torch.tensor(sampling.bias_values, dtype=torch.float32)
+        self.allowed = None if sampling.allowed is None else torch.tensor(sampling.allowed, dtype=torch.int64)
+        self.banned = torch.tensor([w[0] for w in sampling.bad_words if len(w) == 1], dtype=torch.int64)
+        self.bad_words = [(list(w[:-1]), w[-1]) for w in sampling.bad_words if len(w) > 1]
+        self.min_tokens = sampling.min_tokens
+        self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.int64)
+        self.processors = tuple(processors)
+
+    @staticmethod
+    def asked(sampling: RowSampling) -> bool:
+        """Whether a row with this sampling ever needs an edit."""
+        return bool(
+            sampling.bias_ids
+            or sampling.allowed is not None
+            or sampling.bad_words
+            or sampling.processors
+            or (sampling.min_tokens and sampling.stop_ids)
+        )
+
+    def apply(self, logits: Tensor, output: npt.NDArray[np.int32]) -> bool:
+        """Edit ``logits`` [vocab] in place; ``output`` is what the row has generated. False: a processor failed."""
+        if self.bias_ids.numel():
+            logits.index_add_(0, self.bias_ids, self.bias_values)
+        if self.allowed is not None:
+            kept = logits[self.allowed]
+            logits.fill_(-torch.inf)
+            logits[self.allowed] = kept
+        if self.banned.numel():
+            logits[self.banned] = -torch.inf
+        for prefix, last in self.bad_words:
+            if len(output) >= len(prefix) and output[-len(prefix) :].tolist() == prefix:
+                logits[last] = -torch.inf
+        if len(output) < self.min_tokens:
+            logits[self.stop_ids] = -torch.inf
+        return self._process(logits, output) if self.processors else True
+
+    def _process(self, logits: Tensor, output: npt.NDArray[np.int32]) -> bool:
+        ids = output.tolist()
+        try:
+            current = logits
+            for processor in self.processors:
+                current = processor(ids, current)
+                if not isinstance(current, Tensor) or current.shape != logits.shape:
+                    what = (
+                        f"a tensor of shape {list(current.shape)}"
+                        if isinstance(current, Tensor)
+                        else type(current).__name__
+                    )
+                    raise TypeError(
+                        f"a logits processor must return a tensor of shape {list(logits.shape)}, not {what}"
+                    )
+            if current is not logits:
+                logits.copy_(current)
+        except Exception:
+            # the user's code: whatever it raises is this request's trouble and nobody else's
+            logger.exception("A logits processor failed; its request ends with an error.")
+            return False
+        return True
+
+
+class PenaltyPool:
+    """Counters of generated tokens and marks of prompt tokens, for rows with penalties only.
+
+    The two tables are [num_rows, vocab] of virtual memory, made when the first row asks; a slot's pages are touched
+    when a row first gets it, and slots are handed out lowest first.
+    """
+
+    def __init__(self, num_rows: int, vocab_size: int) -> None:
+        self._shape = (num_rows, vocab_size)
+        self._free = list(range(num_rows))  # a heap
+        self.slots = np.full(num_rows, -1, np.int32)
+        self.counts: Tensor | None = None
+        self.prompt_mask: Tensor | None = None
+
+    def start(self, row: int, prompt: npt.NDArray[np.int32], output: npt.NDArray[np.int32]) -> None:
+        """Give ``row`` a slot and fill it from the tokens that it has."""
+        if self.counts is None or self.prompt_mask is None:
+            self.counts = torch.empty(self._shape, dtype=torch.int32)
+            self.prompt_mask = torch.empty(self._shape, dtype=torch.bool)
+        slot = heapq.heappop(self._free)
+        self.slots[row] = slot
+        counts, mask = self.counts[slot], self.prompt_mask[slot]
+        mask.zero_()
+        mask[torch.from_numpy(prompt.astype(np.int64))] = True
+        counts.copy_(torch.from_numpy(np.bincount(output, minlength=self._shape[1])))
+
+    def end(self, row: int) -> None:
+        """Release the slot of ``row``; a row without one is left alone."""
+        if self.slots[row] >= 0:
+            heapq.heappush(self._free, int(self.slots[row]))
+            self.slots[row] = -1
+
+    def advance(self, rows: Index, tokens: npt.NDArray[np.int32]) -> None:
+        """Count one more token for each of ``rows`` that has a slot. A row may come several times."""
+        if self.counts is None:
+            return
+        slots = self.slots[rows]
+        held = slots >= 0
+        np.add.at(self.counts.numpy(), (slots[held], tokens[held]), 1)
+
+    @property
+    def used(self) -> int:
+        """Slots in use."""
+        return self._shape[0] - len(self._free)
+
+
+class LogitEdits:
+    """All edits of a device's rows.
+
+    Args:
+        tables: whose rows they are. vocab_size: of the logits.
+    """
+
+    def __init__(self, tables: Tables, vocab_size: int) -> None:
+        self._tables = tables
+        self._rows: dict[int, RowEdits] = {}
+        self._asking = np.zeros(tables.num_rows, np.bool_)
+        self._processors: dict[int, dict[int, Sequence[Processor]]] = {}
+        self.pool = PenaltyPool(tables.num_rows, vocab_size)
+
+    def set_processors(self, row: int, generation: int, processors: Sequence[Processor]) -> None:
+        """Register the logits processors of a row that a later plan starts with this generation."""
+        if not 0 <= row < self._tables.num_rows or not processors:
+            raise RuntimeError(f"row {row} of {self._tables.num_rows} cannot have {len(processors)} processors.")
+        # a registration whose row never started is forgotten here: only the owner of now may still need its own
+        owner = int(self._tables.generation[row])
+        kept = {g: p for g, p in self._processors.get(row, {}).items() if g == owner}
+        self._processors[row] = {**kept, generation: tuple(processors)}
+
+    def apply(self, plan: StepPlan) -> None:
+        """Follow a plan that the tables have just applied: rows that ended, rows that start, forced tokens."""
+        for row in plan.ended.tolist():
+            self._end(row)
+        for new in plan.new:
+            self._start(new)
+        if plan.forced_rows.size:
+            self.advance(plan.forced_rows.astype(np.intp), plan.forced_tokens)
+
+    def needed(self, rows: Index) -> bool:
+        """Whether any of ``rows`` needs its logits edited."""
+        if not self._rows and not self.pool.used:
+            return False
+        return bool((self._asking[rows] | (self.pool.slots[rows] >= 0)).any())
+
+    def edit(self, rows: Index, logits: Tensor) -> list[int]:
+        """Edit logits [S, vocab] of the sampling ``rows`` in place.
+
+        Returns:
+            Indices into ``rows`` whose logits were not finite before an edit could hide it, or whose processor failed.
+        """
+        asking = np.flatnonzero(self._asking[rows])
+        bad = []
+        for i in asking.tolist():
+            own = logits[i]
+            if bool(own.isnan().any()) or not self._rows[int(rows[i])].apply(own, self._tables.output(int(rows[i]))):
+                bad.append(i)
+        slots = self.pool.slots[rows]
+        if (slots >= 0).any():
+            assert self.pool.counts is not None and self.pool.prompt_mask is not None
+            t = self._tables
+            ops.penalties(
+                logits,
+                self.pool.counts,
+                self.pool.prompt_mask,
+                torch.from_numpy(slots),
+                torch.from_numpy(t.repetition[rows]),
+                torch.from_numpy(t.frequency[rows]),
+                torch.from_numpy(t.presence[rows]),
+            )
+        return bad
+
+    def advance(self, rows: Index, tokens: npt.NDArray[np.int32]) -> None:
+        """Count tokens that were appended to ``rows``."""
+        if self.pool.used:
+            self.pool.advance(rows, tokens)
+
+    def _end(self, row: int) -> None:
+        if self._asking[row]:
+            self._asking[row] = False
+            owned = self._processors.get(row, {})
+            owned.pop(self._rows.pop(row).generation, None)
+            if not owned:
+                self._processors.pop(row, None)
+        self.pool.end(row)
+
+    def _start(self, new: NewRow) -> None:
+        s = new.sampling
+        if RowEdits.asked(s):
+            processors = self._processors.get(new.row, {}).get(new.generation, ()) if s.processors else ()
+            if s.processors and not processors:
+                raise RuntimeError(
+                    f"row {new.row} starts with generation {new.generation} and processors, none registered."
+                )
+            self._rows[new.row] = RowEdits(new.generation, s, processors)
+            self._asking[new.row] = True
+        if s.repetition != 1.0 or s.frequency != 0.0 or s.presence != 0.0:
+            tokens = np.asarray(new.tokens)
+            self.pool.start(new.row, tokens[: new.num_prompt], tokens[new.num_prompt :])

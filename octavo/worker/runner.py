@@ -1,0 +1,146 @@
+"""ModelRunner: a plan in, a result out.
+
+Owns the model, the KV pool, the host pool and the order of a step; it does not know requests, text or who sends plans.
+Order: identity, changes of the rows, moves of blocks, the decoder, sampling, and only then the new lengths.
+
+A step that fails while it computes leaves the tables as its changes made them: rows ended, rows started, blocks
+appended, tokens forced, but nobody's computed or sampled tokens advanced. So the next plan, numbered as if nothing had
+happened, may end the rows of the failed step and go on with all others. A plan whose changes contradict the tables (see
+Tables.apply) is another matter: host and device have parted, and the group has to be started again.
+
+Invariant: KV that a step reads was written by that step or an earlier one; the pools are never initialised.
+"""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo import ops
+from octavo.config import EngineConfig
+from octavo.errors import ConfigError
+from octavo.log import get_logger
+from octavo.models import registry
+from octavo.models.decoder import Decoder
+from octavo.models.loader import load_model
+from octavo.models.source import ModelSource
+from octavo.plan import GroupInfo, Int32, StepPlan, StepResult
+from octavo.worker.batch import build
+from octavo.worker.logit_edits import LogitEdits, Processor
+from octavo.worker.memory import MemoryPlan, machine_memory, plan_memory, resolve_device, resolve_dtype
+from octavo.worker.sampler import Sampler
+from octavo.worker.tables import Tables
+
+logger = get_logger(__name__)
+
+
+class ModelRunner:
+    """One device: weights, KV and rows.
+
+    Args:
+        config: options. source: the model. decoder: used instead of loading one (tests).
+
+    Attributes:
+        info: what the engine has to know. memory: the table behind it.
+        kv, host_kv: [num_layers, 2, blocks, block_size, kv_heads, head_dim]; kv has one scratch block beyond those that
+            a plan names.
+
+    Raises:
+        ConfigError: an option does not fit this machine. ModelError: the checkpoint cannot be used.
+    """
+
+    def __init__(self, config: EngineConfig, source: ModelSource, decoder: Decoder | None = None) -> None:
+        if resolve_device(config) == "cuda":
+            raise ConfigError("device cuda is not supported yet.", "device")
+        if config.batch_invariant and not ops.built():
+            raise ConfigError(
+                f"batch_invariant needs the compiled kernels, and they are not built. {ops.REBUILD}", "batch_invariant"
+            )
+        spec = registry.spec(source.config) if decoder is None else decoder.spec
+        self.memory: MemoryPlan = plan_memory(spec, config, resolve_dtype(config, source), machine_memory())
+        for note in self.memory.notes:
+            logger.info(note)
+        m = self.memory
+        self._decoder = decoder or load_model(source, config, m.dtype, m.max_model_len)
+        shape = (spec.num_layers, 2, m.num_blocks + 1, m.block_size, spec.num_kv_heads, spec.head_dim)
+        self.kv = torch.empty(shape, dtype=m.kv_dtype)
+        self.host_kv = torch.empty((*shape[:2], m.num_host_blocks, *shape[3:]), dtype=m.kv_dtype)
+        self.tables = Tables(m.max_num_seqs, m.max_model_len, m.block_size, m.num_blocks)
+        self._edits = LogitEdits(self.tables, spec.vocab_size)
+        self._sampler = Sampler(self.tables, self._edits, processed=config.logprobs_mode == "processed_logprobs")
+        self._debug = config.debug_checksums
+        self.info = GroupInfo(
+            num_blocks=m.num_blocks,
+            num_host_blocks=m.num_host_blocks,
+            block_bytes=m.block_bytes,
+            block_size=m.block_size,
+            max_model_len=m.max_model_len,
+            max_num_seqs=m.max_num_seqs,
+            max_num_batched_tokens=m.max_num_batched_tokens,
+            vocab_size=spec.vocab_size,
+            device="cpu",
+        )
+
+    def set_processors(self, row: int, generation: int, processors: Sequence[Processor]) -> None:
+        """Register logits processors before the plan that starts the row with this generation."""
+        self._edits.set_processors(row, generation, processors)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Do one step.
+
+        Raises:
+            RuntimeError: the plan contradicts the tables, or an operator refused its input; what then holds is written
+                at the top of this file.
+        """
+        result = StepResult(epoch=plan.epoch, step=plan.step)
+        self.tables.apply(plan)
+        self._edits.apply(plan)
+        result.swap_seconds = self._move(plan)
+        if plan.rows.size:
+            started = time.perf_counter()
+            self._compute(plan, result)
+            result.seconds = time.perf_counter() - started
+        if self._debug:
+            result.checksum = self.tables.checksum()
+        return result
+
+    def _compute(self, plan: StepPlan, result: StepResult) -> None:
+        self.tables.check(plan)
+        batch = build(plan, self.tables)
+        hidden = self._decoder.forward(batch.ids, batch.positions, self.kv, batch.meta)
+        result.prompt_logprobs = self._sampler.score_prompts(plan, batch, hidden, self._decoder.logits)
+        if plan.sample_rows.size:
+            logits = self._decoder.logits(hidden if batch.logits is None else hidden[batch.logits])
+            if batch.logits_of is not None:  # siblings: one row of logits, several draws
+                logits = logits[batch.logits_of]
+            sampled = self._sampler.sample(plan, logits)
+            result.tokens, result.bad, result.logprobs = sampled.tokens, sampled.bad, sampled.logprobs
+        self.tables.advance(plan)
+
+    def _move(self, plan: StepPlan) -> float:
+        """Swap out, copy, swap in; the seconds that swapping took."""
+        seconds = 0.0
+        device, host = self.memory.num_blocks, self.memory.num_host_blocks
+        if len(plan.swap_out):
+            started = time.perf_counter()
+            ops.swap_blocks(self.kv, self.host_kv, _pairs(plan.swap_out, device, host, "swap out"))
+            seconds += time.perf_counter() - started
+        if len(plan.copies):
+            ops.copy_blocks(self.kv, _pairs(plan.copies, device, device, "copy"))
+        if len(plan.swap_in):
+            started = time.perf_counter()
+            ops.swap_blocks(self.host_kv, self.kv, _pairs(plan.swap_in, host, device, "swap in"))
+            seconds += time.perf_counter() - started
+        return seconds
+
+
+def _pairs(pairs: Int32, num_sources: int, num_targets: int, what: str) -> Tensor:
+    """Checked source and destination blocks as a tensor int32 [n, 2]."""
+    if pairs.min() < 0 or pairs[:, 0].max() >= num_sources or pairs[:, 1].max() >= num_targets:
+        raise RuntimeError(
+            f"a plan wants to {what} blocks {pairs.tolist()} between pools of {num_sources} and {num_targets}."
+        )
+    return torch.from_numpy(np.array(pairs))

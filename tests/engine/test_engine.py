@@ -1,0 +1,88 @@
+"""The engine as a whole: whatever the scheduler does, the tokens are those of the plain loop."""
+
+import pytest
+from fakes import Bench
+
+from octavo.errors import EngineDead
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return [(seed * 7919 + i * i * 31 + i * seed) % 44 + 4 for i in range(length)]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 40])
+def test_one_request_equals_the_plain_loop(overlap, length):
+    bench = Bench(overlap=overlap)
+    bench.add("a", prompt(1, length), max_tokens=30)
+    bench.run()
+    assert bench.tokens("a") == bench.expected("a")
+    assert bench.ends["a", 0].reason in ("stop", "length")
+    assert bench.finished == ["a"]
+
+
+OPTIONS = {
+    "plain": {},
+    "no cache": {"enable_prefix_caching": False},
+    "chunks of 1": {"long_prefill_token_threshold": 1},
+    "chunks of 7": {"long_prefill_token_threshold": 7},
+    "chunks of 16": {"long_prefill_token_threshold": 16},
+    "whole prompts": {"enable_chunked_prefill": False},
+    "small budget": {"budget": 17},
+    "one row": {"rows": 1},
+    "recompute": {"blocks": 24, "max_model_len": 128, "preemption_mode": "recompute"},
+    "swap": {"blocks": 24, "host_blocks": 64, "max_model_len": 128, "preemption_mode": "swap"},
+    "little swap": {"blocks": 24, "host_blocks": 5, "max_model_len": 128, "preemption_mode": "swap"},
+    "auto": {"blocks": 24, "host_blocks": 16, "max_model_len": 128},
+    "big blocks": {"block_size": 32, "blocks": 40},
+    "priority": {"scheduling_policy": "priority", "blocks": 24, "max_model_len": 128},
+    "sjf": {"scheduling_policy": "sjf", "blocks": 24, "max_model_len": 128},
+}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_thirty_requests_equal_the_plain_loop(name, overlap):
+    bench = Bench(overlap=overlap, **OPTIONS[name])
+    for i in range(30):
+        shared = prompt(3, 8 * (i % 4))
+        bench.add(f"r{i}", shared + prompt(i, 3 + i * 5 % 29), max_tokens=5 + i * 3 % 40, stream=i % 3 == 0, seed=i,
+                  temperature=float(i % 2), n=1 + (i % 5 == 4) * 2, eos=(1,) if i % 4 else (),
+                  ignore_eos=i % 7 == 0, min_tokens=i % 4)
+    bench.run()
+    bench.assert_reference()
+    assert len(bench.finished) == 30
+    if name in ("recompute", "swap", "auto", "little swap"):
+        stats = bench.engine.stats
+        assert stats.preempted_swap + stats.preempted_recompute > 0
+        assert (stats.preempted_swap > 0) == (name != "recompute")
+    assert bench.group.most_tokens <= bench.group.info.max_num_batched_tokens
+
+
+@pytest.mark.parametrize("where", ["submit", "result"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_failed_step_ends_its_requests_and_no_others(where, overlap):
+    bench = Bench(overlap=overlap)
+    bench.add("a", prompt(1, 20), max_tokens=20, eos=())
+    bench.group.fail = lambda step: where if step == 4 else None
+    for _ in range(6):
+        bench.step()
+    bench.add("b", prompt(1, 20), max_tokens=20, eos=())
+    bench.run()
+    assert bench.ends["a", 0].reason == "error"
+    assert bench.ends["a", 0].error == "A step of the engine failed (Fault)."
+    assert bench.tokens("b") == bench.expected("b")
+
+
+def test_the_third_failure_in_a_row_ends_the_engine():
+    bench = Bench()
+    bench.group.fail = lambda step: "result"
+    for i in range(3):
+        bench.add(f"r{i}", prompt(i, 20), max_tokens=20)
+        if i < 2:
+            bench.step()
+            assert bench.ends[f"r{i}", 0].reason == "error"
+    with pytest.raises(EngineDead):
+        bench.step()
+    with pytest.raises(EngineDead):
+        bench.add("later", [5], max_tokens=1)

@@ -1,0 +1,175 @@
+"""The octavo command: parsing habits, exit codes, and endings without a traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import octavo
+from octavo.cli import build_parser, dashed, main
+from octavo.commands import info
+from octavo.errors import CapacityError, ConfigError, EngineDead, ModelError, OctavoError, RequestError
+
+CONFIG = Path(__file__).resolve().parents[1] / "benchmarks" / "models" / "qwen3-0.6b"
+
+
+def usage(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The message of a command line that is wrong."""
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def test_dashes_and_underscores_are_equal_in_flags_only() -> None:
+    assert dashed(["--max_tokens", "5", "--top_p=a_b", "some_file", "--", "--x_y"]) == [
+        "--max-tokens", "5", "--top-p=a_b", "some_file", "--", "--x_y"]
+    args = build_parser().parse_args(["generate", "m", "--max_tokens", "5", "--prompt", "a_b --c_d"])
+    assert (args.sampling_max_tokens, args.prompt) == (5, ["a_b --c_d"])
+
+
+def test_a_flag_is_never_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown flag --max-tok (did you mean --max-tokens?)" in usage(capsys, "generate", "m", "--max-tok", "5")
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("generate", "m", "--temprature", "1"), "unknown flag --temprature (did you mean --temperature?)"),
+    (("generate", "--temprature=1"), "unknown flag --temprature (did you mean --temperature?)"),
+    (("generate", "m", "--zzzzz"), "unknown flag --zzzzz\n"),
+    (("--versoin",), "unknown flag --versoin (did you mean --version?)"),
+    (("bench", "latency", "--modle", "m"), "unknown flag --modle (did you mean --model?)"),
+    (("bench", "latency"), "required: --model"),
+    (("generate",), "required: model"),
+    (("generate", "m", "extra"), "unexpected argument 'extra'"),
+    (("generate", "m", "-x"), "unexpected argument '-x'"),
+    (("generat", "m"), "generat"),
+    (("generate", "m", "--max-tokens", "many"), "--max-tokens"),
+    (("generate", "m", "--block-size", "12"), "--block-size"),
+    (("generate", "m", "--prompt"), "--prompt"),
+])
+def test_wrong_usage_is_two_lines_and_exit_code_2(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = usage(capsys, *words)
+    assert error.startswith("octavo: error: ") and message in error
+    assert error.count("\n") == 2 and error.splitlines()[1].startswith("See: octavo") and error.endswith("--help\n")
+
+
+def test_a_value_may_look_like_a_flag_after_an_equals_sign() -> None:
+    assert build_parser().parse_args(["generate", "m", "--prompt=--not-a-flag"]).prompt == ["--not-a-flag"]
+    assert build_parser().parse_args(["generate", "m", "--presence-penalty", "-1.5"]).sampling_presence_penalty == -1.5
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out == f"octavo {octavo.__version__}\n"
+
+
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "generate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "plan", "bench", "info"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0 and f"usage: octavo {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [OctavoError, ConfigError, ModelError, RequestError, CapacityError, EngineDead])
+def test_octavo_s_own_errors_are_one_line_and_exit_code_1(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object) -> int:
+        raise kind("seed must be\nsmall.")
+
+    monkeypatch.setattr(info, "run", fail)
+    assert main(["info"]) == 1
+    assert capsys.readouterr().err == "octavo: error: seed must be small.\n"
+
+
+def test_a_bug_stays_loud(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: object) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(info, "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["info"])
+
+
+def run(*words: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", "octavo", *words], capture_output=True, text=True,
+                          env={**os.environ, **environ}, stdin=subprocess.DEVNULL, timeout=120)
+
+
+def test_an_unknown_variable_is_warned_about() -> None:
+    done = run("plan", "/no/such/model", OCTAVO_CASHE="x")
+    assert "OCTAVO_CASHE is read by nothing (did you mean OCTAVO_CACHE?)" in done.stderr
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("octavo: error: ")
+
+
+def test_an_unknown_logging_level_is_named() -> None:
+    done = run("info", OCTAVO_LOGGING_LEVEL="loud")
+    assert done.returncode == 1 and done.stderr.startswith("octavo: error: OCTAVO_LOGGING_LEVEL must be")
+    assert "'loud'" in done.stderr
+
+
+def test_info() -> None:
+    done = run("info", OCTAVO_API_KEY="a-secret")
+    assert done.returncode == 0 and "a-secret" not in done.stdout + done.stderr
+    assert [line for line in done.stdout.splitlines() if line[0] != " "] == [
+        "versions", "devices", "kernels", "environment"]
+    assert octavo.__version__ in done.stdout
+
+
+def test_plan_needs_a_config_only() -> None:
+    done = run("plan", str(CONFIG), "--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "8")
+    assert done.returncode == 0, done.stderr
+    # 28 layers x 2 x 8 heads x 128 x 2 bytes: the 112 KiB per token that the config implies
+    assert "0.11 MiB" in done.stdout or "114688 bytes" in done.stdout
+    for part in ("weights", "activations", "KV pool", "total", "tokens that fit", "longest sequence"):
+        assert part in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_plan_for_a_device_that_is_not_here() -> None:
+    done = run("plan", str(CONFIG), "--device", "cuda", "--device-memory", "80G")
+    assert done.returncode == 0 and "on a cuda device" in done.stdout, done.stderr
+    done = run("plan", str(CONFIG), "--device", "cuda")
+    assert done.returncode == 1 and "--device-memory" in done.stderr
+
+
+def started(code: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ctrl_c_is_130_without_a_traceback() -> None:
+    code = ("import sys, time; from octavo import cli; from octavo.commands import info\n"
+            "def wait(args): print('ready', flush=True); time.sleep(60)\n"
+            "info.run = wait; sys.exit(cli.main(['info']))")
+    with started(code) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.1)  # into the sleep
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (130, "")
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    code = ("import sys; from octavo import cli; from octavo.commands import info\n"
+            "def talk(args):\n    for i in range(100000): print('line', i)\n    return 0\n"
+            "info.run = talk; sys.exit(cli.main(['info']))")
+    with started(code) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "line 0\n"
+        process.stdout.close()
+        error = process.stderr.read()
+    assert (process.returncode, error) == (141, "")

@@ -1,0 +1,121 @@
+"""A local group gives the same results at once or from its thread, in order, and passes exceptions on."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from octavo.config import EngineConfig
+from octavo.models.source import ModelSource
+from octavo.plan import StepPlan, StepResult
+from octavo.worker.group import LocalGroup
+from octavo.worker.runner import ModelRunner
+
+CONFIG = EngineConfig(model="tiny", max_num_seqs=4, num_gpu_blocks_override=32, swap_space=0, block_size=8)
+SOURCE = ModelSource("folder", Path("."), {})
+
+
+class Recorder:
+    """A runner that writes down what it is asked for, waits for a gate, and fails where the epoch is odd."""
+
+    def __init__(self):
+        self.info, self.seen, self.gate = None, [], threading.Event()
+
+    def run(self, plan):
+        self.gate.wait(10)
+        self.seen.append(plan.step)
+        if plan.epoch % 2:
+            raise RuntimeError(f"step {plan.step} failed")
+        return StepResult(epoch=plan.epoch, step=plan.step)
+
+    def set_processors(self, row, generation, fns):
+        self.seen.append((row, generation, fns))
+
+
+def test_a_synchronous_group_has_finished_when_submit_returns():
+    runner = Recorder()
+    runner.gate.set()
+    group = LocalGroup(CONFIG, SOURCE, runner=runner)
+    assert not group.asynchronous
+    pending = group.submit(StepPlan(epoch=0, step=3))
+    assert runner.seen == [3] and pending.done() and pending.result().step == 3
+
+
+def test_an_asynchronous_group_returns_before_the_step_has_run_and_keeps_the_order():
+    runner = Recorder()
+    group = LocalGroup(CONFIG, SOURCE, asynchronous=True, runner=runner)
+    assert group.asynchronous
+    pending = [group.submit(StepPlan(epoch=0, step=i)) for i in range(5)]
+    assert runner.seen == [] and not any(p.done() for p in pending)
+    threading.Timer(0.05, runner.gate.set).start()
+    group.set_processors(1, 2, ["f"])
+    assert [p.result().step for p in pending] == [0, 1, 2, 3, 4]
+    assert runner.seen == [0, 1, 2, 3, 4, (1, 2, ["f"])]
+    group.close()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_exception_comes_out_of_result_and_the_group_goes_on(asynchronous):
+    runner = Recorder()
+    runner.gate.set()
+    group = LocalGroup(CONFIG, SOURCE, asynchronous=asynchronous, runner=runner)
+    failed, fine = group.submit(StepPlan(epoch=1, step=0)), group.submit(StepPlan(epoch=0, step=1))
+    with pytest.raises(RuntimeError, match="step 0 failed"):
+        failed.result()
+    assert failed.done() and fine.result().step == 1
+    group.close()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_closed_group_refuses_plans(asynchronous):
+    runner = Recorder()
+    runner.gate.set()
+    group = LocalGroup(CONFIG, SOURCE, asynchronous=asynchronous, runner=runner)
+    last = group.submit(StepPlan(epoch=0, step=0))
+    group.close()
+    group.close()
+    assert last.result().step == 0
+    with pytest.raises(RuntimeError, match="closed"):
+        group.submit(StepPlan(epoch=0, step=1))
+    with pytest.raises(RuntimeError, match="closed"):
+        group.set_processors(0, 1, [])
+
+
+def test_overlapped_steps_on_the_real_runner_say_what_synchronous_ones_say(tiny):
+    """Three decode steps are in the queue before the first token has been seen: the token stays in its row."""
+    prompt = [5, 9, 2, 40, 33, 7, 7, 1]
+    found = []
+    for asynchronous in (False, True):
+        runner = ModelRunner(CONFIG, SOURCE, decoder=tiny.decoder(tiny.spec()))
+        group = LocalGroup(CONFIG, SOURCE, asynchronous=asynchronous, runner=runner)
+        host = tiny.Host(None)
+        plans = [host.plan({0: 8}, new=[host.new(0, prompt, range(4))])]
+        for _ in range(5):
+            host.take(plans[-1], StepResult(epoch=0, step=0, tokens=tiny.ints([0])))  # lengths only
+            plans.append(host.plan({0: 1}))
+        pending = [group.submit(plan) for plan in plans]
+        found.append([int(p.result().tokens[0]) for p in pending])
+        group.close()
+    assert found[0] == found[1] and len(set(found[0])) > 1
+
+
+def test_the_group_loads_a_model(tiny, tmp_path):
+    architecture = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 50,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu", "torch_dtype": "float16",
+    }  # fmt: skip
+    group = LocalGroup(CONFIG.replace(load_format="dummy"), ModelSource("folder", tmp_path, architecture))
+    assert group.runner.kv.dtype == group.runner.memory.dtype == torch.bfloat16
+    assert group.info.max_model_len == 50 and group.info.num_host_blocks == 0
+    host = tiny.Host(group.runner)
+    host.step({0: 3, 1: 5}, new=[host.new(0, [1, 2, 3], [0]), host.new(1, [4, 5, 6, 7, 8], [1], temperature=0.7)])
+    result = host.step({1: 1, 0: 1})
+    assert ((result.tokens >= 0) & (result.tokens < 64)).all()
+
+
+def test_an_unknown_model_is_refused_at_start(tmp_path):
+    config = {"architectures": ["Nonsense"]}
+    with pytest.raises(ValueError, match="Nonsense"):
+        LocalGroup(CONFIG, ModelSource("folder", tmp_path, config))
