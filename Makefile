@@ -1,7 +1,7 @@
 # The commands of this repository; `make` or `make help` lists them. Everything lives in .venv; nothing is installed elsewhere.
 SHELL := /bin/bash
 PYTHON ?= python3
-# More arguments for pip, for example: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# More arguments for pip, for example: make demo PIP_ARGS="--extra-index-url URL-OF-PYTORCHS-CPU-INDEX"
 PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)

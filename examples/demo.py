@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import time
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -47,9 +48,9 @@ def main() -> int:
     seconds = time.monotonic() - started
 
     for i, (kind, text, _) in enumerate(BATCH):
-        console.print(f"\n[{kind}] {text.strip()}", style="bold", markup=False, highlight=False)
+        console.print(f"\n[{kind}] {text.strip()}", style="bold", markup=False, highlight=False, soft_wrap=True)
         for completion in done[i].outputs:
-            console.print(completion.text.strip(), markup=False, highlight=False)
+            console.print(completion.text.strip(), markup=False, highlight=False, soft_wrap=True)
     prompt = sum(len(output.prompt_token_ids) for output in done)
     answer = sum(len(completion.token_ids) for output in done for completion in output.outputs)
     born = time.monotonic() - (time.time() - psutil.Process(os.getpid()).create_time())
@@ -61,7 +62,7 @@ def main() -> int:
     return int(any(output.error for output in done))
 
 
-def as_prompt(engine: LLMEngine, kind: str, text: str) -> object:
+def as_prompt(engine: LLMEngine, kind: str, text: str) -> str | dict[str, Any]:
     """A text to complete as it is; a chat message rendered by the model's own template."""
     if not kind.startswith("chat"):
         return text

@@ -21,7 +21,7 @@ POLICIES = ("fcfs", "priority", "sjf")
 ENVIRONMENT = ("OCTAVO_CACHE", "OCTAVO_API_KEY", "OCTAVO_LOGGING_LEVEL", "OCTAVO_CUDA_ARCHS", "OCTAVO_INTERNAL_PORT")
 
 
-def _option(default: Any, help: str, *, choices: tuple[Any, ...] = (), flag: str = "", kind: Any = None) -> Any:  # noqa: A002
+def _option(default: Any, help: str, *, choices: tuple[Any, ...] = (), flag: str = "", kind: Any = None) -> Any:
     """A config field with what its CLI flag needs: help, choices, short flag, parser of the value."""
     metadata = {"help": help, "choices": choices, "flag": flag, "kind": kind}
     if isinstance(default, dict):
@@ -31,7 +31,7 @@ def _option(default: Any, help: str, *, choices: tuple[Any, ...] = (), flag: str
 
 def human_int(text: str) -> int:
     """Parse 4096, 32k (1000s) or 32K (1024s), m/M and g/G likewise; ValueError on anything else."""
-    scale = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}.get(text[-1:], None)
+    scale = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}.get(text[-1:])
     return int(text) if scale is None else int(float(text[:-1]) * scale)
 
 
@@ -52,11 +52,13 @@ class EngineConfig:
     hf_overrides: Mapping[str, Any] = _option({}, "values that replace entries of config.json", kind="json")
     load_format: str = _option("auto", "where weights come from", choices=LOAD_FORMATS)
     dtype: str = _option("auto", "type of weights and KV cache", choices=DTYPES)
-    kv_cache_dtype: str = _option("auto", "type of the KV cache; auto: as the weights", choices=("auto", "bfloat16", "float16", "float32"))
+    kv_cache_dtype: str = _option(
+        "auto", "type of the KV cache; auto: as the weights", choices=("auto", "bfloat16", "float16", "float32"))
     quantization: str | None = _option(None, "refused until quantised kernels exist")
     device: str = _option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
     seed: int = _option(0, "root of the seeds of requests that bring none")
-    max_model_len: int | None = _option(None, "longest prompt + output in tokens; default: the model's, fitted to the KV pool", kind="int")
+    max_model_len: int | None = _option(
+        None, "longest prompt + output in tokens; default: the model's, fitted to the KV pool", kind="int")
     block_size: int = _option(16, "tokens of a KV block", choices=BLOCK_SIZES)
     gpu_memory_utilization: float = _option(0.9, "share of the device's memory that weights, KV cache and workspace may take")
     kv_cache_memory_bytes: int | None = _option(None, "size of the KV pool; overrides gpu_memory_utilization", kind="int")
@@ -64,21 +66,26 @@ class EngineConfig:
     swap_space: float = _option(4.0, "GiB of host memory for swapped requests")
     enable_prefix_caching: bool = _option(True, "reuse the KV of prompts that begin alike")
     max_num_seqs: int | None = _option(None, "sequences that run at once; default 64 on a CPU, 1024 offline on a GPU", kind="int")
-    max_num_batched_tokens: int | None = _option(None, "tokens of one step; default 2048 on a CPU, 16384 offline on a GPU", kind="int")
+    max_num_batched_tokens: int | None = _option(
+        None, "tokens of one step; default 2048 on a CPU, 16384 offline on a GPU", kind="int")
     enable_chunked_prefill: bool = _option(True, "compute long prompts in pieces between decodes")
-    long_prefill_token_threshold: int = _option(0, "most prompt tokens of one request in one step; 0: the step's budget", kind="int")
+    long_prefill_token_threshold: int = _option(
+        0, "most prompt tokens of one request in one step; 0: the step's budget", kind="int")
     scheduling_policy: str = _option("fcfs", "order of the waiting queue", choices=POLICIES)
-    preemption_mode: str = _option("auto", "what happens to a request that must give up its blocks", choices=("auto", "recompute", "swap"))
+    preemption_mode: str = _option(
+        "auto", "what happens to a request that must give up its blocks", choices=("auto", "recompute", "swap"))
     async_scheduling: bool | None = _option(None, "plan a step before the last one's tokens are known; default: on a GPU")
     enforce_eager: bool = _option(False, "no CUDA graphs (nothing to switch off on a CPU)")
     batch_invariant: bool = _option(False, "bit-identical answers whatever else runs")
     tensor_parallel_size: int = _option(1, "GPUs that share each layer; more than 1 is refused until it exists", flag="-tp")
     pipeline_parallel_size: int = _option(1, "groups of layers; more than 1 is refused until it exists", flag="-pp")
-    generation_config: str = _option("auto", "auto: sampling defaults from the model; octavo: none of them", choices=("auto", "octavo"))
+    generation_config: str = _option(
+        "auto", "auto: sampling defaults from the model; octavo: none of them", choices=("auto", "octavo"))
     override_generation_config: Mapping[str, Any] = _option({}, "sampling defaults that win over the model's", kind="json")
     chat_template: str | None = _option(None, "file or text of a chat template that replaces the model's")
     max_logprobs: int = _option(20, "most top alternatives that a request may ask for")
-    logprobs_mode: str = _option("raw_logprobs", "distribution that logprobs describe", choices=("raw_logprobs", "processed_logprobs"))
+    logprobs_mode: str = _option(
+        "raw_logprobs", "distribution that logprobs describe", choices=("raw_logprobs", "processed_logprobs"))
     disable_log_stats: bool = _option(False, "no line of statistics every 10 s")
     debug_checksums: bool = _option(False, "compare checksums of host and device rows in every step")
 

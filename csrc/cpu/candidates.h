@@ -145,9 +145,9 @@ bool better(const Candidate& a, const Candidate& b) { return a.logit != b.logit 
 
 // Tokens in ascending order of ids; `ranked` is room to reorder them in.
 struct Candidates {
-  float* logits;  // [size]
-  float* weights;  // [size]
-  int32_t* ids;  // [size]
+  float* logits;      // [size]
+  float* weights;     // [size]
+  int32_t* ids;       // [size]
   Candidate* ranked;  // [size]
   int64_t size = 0;
 

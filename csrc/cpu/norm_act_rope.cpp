@@ -85,9 +85,7 @@ void layer_row(float* out, const float* x, const W* weight, const B* bias, int64
 }
 
 void add_row(float* residual, const float* x, int64_t width) {  // [H], [H]
-  map_row(residual, x, width, [&](int64_t i, int64_t count, Vec v) {
-    return (count == lanes ? load(residual + i) : load(residual + i, count)) + v;
-  });
+  map_row(residual, x, width, [&](int64_t i, int64_t count, Vec v) { return (count == lanes ? load(residual + i) : load(residual + i, count)) + v; });
 }
 
 void rms_rows(const Tensor& out, const Tensor* residual, const Tensor& x, const Tensor& weight, int64_t rows, double eps, double offset) {

@@ -86,8 +86,8 @@ uint32_t philox(uint64_t key, uint32_t c0, uint32_t c1) {
 
 }  // namespace
 
-void penalties(const Tensor& logits, const Tensor& counts, const Tensor& prompt_mask, const Tensor& slots, const Tensor& repetition,
-               const Tensor& frequency, const Tensor& presence) {
+void penalties(const Tensor& logits, const Tensor& counts, const Tensor& prompt_mask, const Tensor& slots, const Tensor& repetition, const Tensor& frequency,
+               const Tensor& presence) {
   Contract c("penalties");
   c.tensor("logits", logits, "SV", f32, rows);
   c.tensor("counts", counts, "PV", i32, rows);
@@ -104,9 +104,9 @@ void penalties(const Tensor& logits, const Tensor& counts, const Tensor& prompt_
 
   for_rows(num_rows, vocab, [&](int64_t s) {
     if (slot[s] < 0) return;
-    float* __restrict x = logits.ptr<float>() + s * logits.stride[0];                                                  // [V]
-    const int32_t* __restrict count = counts.ptr<const int32_t>() + slot[s] * counts.stride[0];                        // [V]
-    const uint8_t* __restrict prompt = prompt_mask.ptr<const uint8_t>() + slot[s] * prompt_mask.stride[0];             // [V]
+    float* __restrict x = logits.ptr<float>() + s * logits.stride[0];                                       // [V]
+    const int32_t* __restrict count = counts.ptr<const int32_t>() + slot[s] * counts.stride[0];             // [V]
+    const uint8_t* __restrict prompt = prompt_mask.ptr<const uint8_t>() + slot[s] * prompt_mask.stride[0];  // [V]
     const float factor = repetition.ptr<const float>()[s], each = frequency.ptr<const float>()[s], once = presence.ptr<const float>()[s];
     for (int64_t i = 0; i < vocab; ++i) {
       const bool said = count[i] > 0;
@@ -117,8 +117,8 @@ void penalties(const Tensor& logits, const Tensor& counts, const Tensor& prompt_
   });
 }
 
-void sample(const Tensor& tokens, const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
-            const Tensor& min_p, const Tensor& seeds, const Tensor& index, const Tensor& positions) {
+void sample(const Tensor& tokens, const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p, const Tensor& min_p,
+            const Tensor& seeds, const Tensor& index, const Tensor& positions) {
   Contract c("sample");
   c.tensor("logits", logits, "SV", f32, rows);
   c.tensor("tokens", tokens, "S", i32);
@@ -174,8 +174,8 @@ void token_logprobs(const Tensor& logprobs, const Tensor& ranks, const Tensor& t
 
   for_rows(c['S'], vocab, [&](int64_t s) {
     const Row row = scan(logits.ptr<const float>() + s * logits.stride[0], vocab);
-    int32_t* best_ids = top_ids.ptr<int32_t>() + s * k;                // [K]
-    float* best_logprobs = top_logprobs.ptr<float>() + s * k;          // [K]
+    int32_t* best_ids = top_ids.ptr<int32_t>() + s * k;        // [K]
+    float* best_logprobs = top_logprobs.ptr<float>() + s * k;  // [K]
     float& logprob = logprobs.ptr<float>()[s] = nan;
     int32_t& place = ranks.ptr<int32_t>()[s] = 0;
     if (row.broken) {
@@ -197,8 +197,7 @@ void token_logprobs(const Tensor& logprobs, const Tensor& ranks, const Tensor& t
       int32_t ahead = 0;
       for (int64_t b = 0; b < num_blocks(vocab); ++b) {
         if (row.maxima[b] < own) continue;
-        for (int64_t i = b * block; i < block_end(b, vocab); ++i)
-          ahead += (row.logits[i] > own) | ((row.logits[i] == own) & (i < token[s]));
+        for (int64_t i = b * block; i < block_end(b, vocab); ++i) ahead += (row.logits[i] > own) | ((row.logits[i] == own) & (i < token[s]));
       }
       logprob = log_share(own);
       place = ahead + 1;

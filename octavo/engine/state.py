@@ -34,7 +34,7 @@ class StepRecord:
         sample_rows, sample_generations: who sampled; the very same arrays where everybody who computed did.
         num_decodes, num_prompt_tokens: computed tokens of either kind.
         swapped: sequences whose blocks the step copied to host memory. swapped_bytes: moved in either direction.
-        processors: rows that start with logits processors. checksum: of the rows, in debug mode.
+        processors: rows that start with logits processors. checksum: of the rows, in debug mode only.
     """
 
     step: int
@@ -48,7 +48,7 @@ class StepRecord:
     swapped: list[Sequence] = field(default_factory=list)
     swapped_bytes: int = 0
     processors: list[tuple[int, int, tuple[LogitsProcessor, ...]]] = field(default_factory=list)
-    checksum: int = 0
+    checksum: int | None = None
 
 
 class EngineState:

@@ -214,7 +214,9 @@ def _snapshot(name: str, config: EngineConfig) -> Path:
     where: dict[str, Any] = {"repo_id": name, "revision": config.revision}
     try:
         try:
-            files = huggingface_hub.HfApi().list_repo_files(**where)
+            # Not the listing of files: that one retries for half a minute when there is no network.
+            siblings = huggingface_hub.HfApi().model_info(**where, timeout=10).siblings or []
+            files = [sibling.rfilename for sibling in siblings]
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             raise
         except Exception as error:  # no answer: offline mode, or one of the network library's own types

@@ -45,7 +45,8 @@ def load_model(source: ModelSource, config: EngineConfig, dtype: torch.dtype, ma
     family = registry.family_of(source.config)
     for name, entry, targets in _claims(checkpoint, spec, set(decoder.expected()), family.NAMES, family.IGNORED):
         # Popped, so that a file that could not be mapped gives its memory back tensor by tensor.
-        for target, tensor in zip(targets, _parts(name, entry, checkpoint.pop(name)(), spec), strict=True):
+        parts = _parts(name, entry, len(targets), checkpoint.pop(name)(), spec)
+        for target, tensor in zip(targets, parts, strict=True):
             decoder.load(target, tensor)
     decoder.finish()
     return decoder
@@ -91,9 +92,13 @@ def _listed(what: str, names: list[str]) -> list[str]:
     return [f"{what} {', '.join(names[:LISTED])}{more}"] if names else []
 
 
-def _parts(name: str, entry: Name, tensor: torch.Tensor, spec: DecoderSpec) -> tuple[torch.Tensor, ...]:
+def _parts(name: str, entry: Name, count: int, tensor: torch.Tensor, spec: DecoderSpec) -> tuple[torch.Tensor, ...]:
+    """The parameters that a tensor holds; ModelError if its shape does not make as many as the table says."""
     try:
-        return entry.apply(tensor, spec)
+        parts = entry.apply(tensor, spec)
+        if len(parts) != count:
+            raise ValueError(f"it has {len(parts)} parts instead of {count}")
+        return parts
     except (RuntimeError, ValueError, IndexError) as error:  # a transform that meets a shape it does not expect
         shape = list(tensor.shape)
         raise ModelError(f"tensor {name!r} of shape {shape} does not fit the config: {error}.", "model") from error

@@ -14,7 +14,7 @@ from octavo.config import EngineConfig
 from octavo.errors import ConfigError, RequestError
 from octavo.text.taint import Marker, encode_untrusted
 from octavo.text.template import compile_template, run
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.vocabulary import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 RESERVED = ("messages", "tools", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message")

@@ -19,7 +19,7 @@ from octavo.messages import SequenceEnd, StepOutput, TokenLogprobs
 from octavo.outputs import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestOutput
 from octavo.params import SamplingParams
 from octavo.text.detokenizer import Detokenizer
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.vocabulary import Tokenizer
 
 logger = get_logger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from octavo.params import SamplingParams
 from octavo.text.stops import StopMatcher
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.vocabulary import Tokenizer
 
 
 class Detokenizer:
@@ -43,7 +43,7 @@ class Detokenizer:
 
     def finish(self) -> str:
         """The rest: text that waited for more, bytes of a character that never came as U+FFFD. Nothing after a stop."""
-        if self.stop is not None:
+        if self.stop is not None or self.num_tokens == 0:
             return ""
         rest = self._match(self._stream.finish())
         if self.stop is None and self._matcher is not None:

@@ -15,7 +15,7 @@ from octavo.errors import ConfigError, RequestError
 from octavo.messages import EngineRequest
 from octavo.models.source import ModelSource
 from octavo.params import SamplingParams
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.vocabulary import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 

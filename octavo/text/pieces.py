@@ -127,6 +127,8 @@ class Pieces:
 
     def decode(self, ids: Sequence[int], skip_special: bool, spaces: bool, after: Sequence[int] = ()) -> str:
         """Text of ``ids`` where they follow ``after``."""
+        if not ids:
+            return ""  # even where the context ends within a character
         if self.kind == "other":
             return _decode_other(self, ids, skip_special, spaces, after)
         table = self.table(skip_special)

@@ -15,7 +15,7 @@ from typing import Any
 
 from octavo.errors import RequestError
 from octavo.text.controls import Controls, Span, unite
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.vocabulary import Tokenizer
 
 # Keys whose values templates compare with words of their own: marked only where they hold a whole control string.
 COMPARED = ("role", "type")

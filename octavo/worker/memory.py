@@ -104,22 +104,6 @@ class MemoryPlan:
         """Sequences of max_model_len that fit at the same time."""
         return self.num_blocks // _ceil(self.max_model_len, self.block_size)
 
-    def facts(self) -> tuple[tuple[str, str], ...]:
-        """What follows from the table, as pairs of name and value for people."""
-        share = self.window_waste * self.block_size / (self.block_bytes * self.max_model_len)
-        waste = (
-            f"{size_text(self.window_waste)} of each sequence of max_model_len ({share:.0%})" if share else "nothing"
-        )
-        return (
-            ("dtype of weights / KV", f"{dtype_name(self.dtype)} / {dtype_name(self.kv_dtype)}"),
-            ("block", f"{self.block_size} tokens, {size_text(self.block_bytes)}"),
-            ("tokens that fit", str(self.tokens)),
-            ("max_model_len", str(self.max_model_len)),
-            ("sequences of max_model_len that fit", str(self.full_sequences)),
-            ("max_num_seqs / max_num_batched_tokens", f"{self.max_num_seqs} / {self.max_num_batched_tokens}"),
-            ("kept beyond the windows of layers that have one", waste),
-        )
-
 
 def resolve_device(config: EngineConfig) -> str:
     """cpu or cuda; auto is the CPU until other devices run."""
@@ -186,6 +170,7 @@ def plan_memory(spec: DecoderSpec, config: EngineConfig, dtype: torch.dtype, mac
             "max_model_len",
         )
     if fitted < wanted:
+        rows = _fixed_rows(spec, dtype, machine, fitted, num_seqs, budget, config.block_size)
         notes.append(f"max_model_len is {fitted}: the model could take {wanted} tokens, the KV pool holds {fitted}.")
     pool = MemoryRow(
         "KV pool", (num_blocks + 1) * block_bytes, f"{num_blocks} blocks + 1 scratch x {size_text(block_bytes)}; {how}"

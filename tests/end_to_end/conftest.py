@@ -12,9 +12,20 @@ VOCAB = 211
 def save_tiny(folder: Path, *, seed: int = 0, max_len: int = 512) -> Path:
     """A Llama with 5 query heads on 1 KV head whose logits are far from flat."""
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=40, intermediate_size=72, num_hidden_layers=3, num_attention_heads=5,
-                         num_key_value_heads=1, head_dim=16, max_position_embeddings=max_len, tie_word_embeddings=False,
-                         bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=40,
+        intermediate_size=72,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=max_len,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():

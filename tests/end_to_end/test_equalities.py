@@ -29,11 +29,17 @@ def requests(seed: int, count: int) -> list[tuple[list[int], SamplingParams]]:
         if i % 2:
             prompt = shared[: rng.randint(1, 70)] + prompt
         extras: dict[str, Any] = [
-            {"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 1.3, "top_k": 12},
-            {"temperature": 1.0, "min_p": 0.05, "repetition_penalty": 1.2}, {"temperature": 0.9, "frequency_penalty": 0.5},
+            {"temperature": 0.0},
+            {"temperature": 1.0},
+            {"temperature": 0.7, "top_p": 0.8},
+            {"temperature": 1.3, "top_k": 12},
+            {"temperature": 1.0, "min_p": 0.05, "repetition_penalty": 1.2},
+            {"temperature": 0.9, "frequency_penalty": 0.5},
             {"temperature": 1.0, "n": 3},
         ][i % 7]
-        found.append((prompt, SamplingParams(max_tokens=rng.randint(1, 40), seed=1000 + i, logprobs=3, ignore_eos=i % 3 == 0, **extras)))
+        found.append(
+            (prompt, SamplingParams(max_tokens=rng.randint(1, 40), seed=1000 + i, logprobs=3, ignore_eos=i % 3 == 0, **extras))
+        )
     return found
 
 
@@ -42,14 +48,20 @@ def answer(output: RequestOutput) -> Answer:
     found = []
     for completion in output.outputs:
         values = [(i, p.logprob, p.rank) for step in completion.logprobs or [] for i, p in step.items()]
-        found.append((completion.token_ids, b"".join(struct.pack("<idi", i, v, r or 0) for i, v, r in values), completion.finish_reason))
+        found.append(
+            (completion.token_ids, b"".join(struct.pack("<idi", i, v, r or 0) for i, v, r in values), completion.finish_reason)
+        )
     return found
 
 
 def run(model: Path, asked: list[tuple[list[int], SamplingParams]], *, alone: bool = False, **options: Any) -> list[Answer]:
     llm = LLM(str(model), skip_tokenizer_init=True, **{"batch_invariant": True, "dtype": "float32", "seed": 7, **options})
     batches = [[one] for one in asked] if alone else [asked]
-    outputs = [o for batch in batches for o in llm.generate([{"prompt_token_ids": p} for p, _ in batch], [s for _, s in batch], use_tqdm=False)]
+    outputs = [
+        o
+        for batch in batches
+        for o in llm.generate([{"prompt_token_ids": p} for p, _ in batch], [s for _, s in batch], use_tqdm=False)
+    ]
     stats = llm.llm_engine.engine.stats
     if options.get("num_gpu_blocks_override", 10**6) < 100:
         kind = options.get("preemption_mode", "auto")
@@ -64,23 +76,27 @@ def expected(tiny: Path) -> list[Answer]:
     return run(tiny, requests(1, 31))
 
 
-@pytest.mark.parametrize("options", [
-    {"enable_prefix_caching": False},
-    {"long_prefill_token_threshold": 1},
-    {"long_prefill_token_threshold": 7},
-    {"long_prefill_token_threshold": 16},
-    {"enable_chunked_prefill": False},
-    {"max_num_batched_tokens": 64},
-    {"max_num_seqs": 3},
-    {"block_size": 8},
-    {"async_scheduling": True},
-    {"async_scheduling": True, "long_prefill_token_threshold": 7, "debug_checksums": True},
-    {"num_gpu_blocks_override": 40, "preemption_mode": "recompute"},
-    {"num_gpu_blocks_override": 40, "preemption_mode": "swap"},
-    {"num_gpu_blocks_override": 40, "preemption_mode": "swap", "async_scheduling": True, "debug_checksums": True},
-    {"num_gpu_blocks_override": 40, "preemption_mode": "recompute", "async_scheduling": True, "enable_prefix_caching": False},
-    {"scheduling_policy": "sjf"},
-], ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"enable_prefix_caching": False},
+        {"long_prefill_token_threshold": 1},
+        {"long_prefill_token_threshold": 7},
+        {"long_prefill_token_threshold": 16},
+        {"enable_chunked_prefill": False},
+        {"max_num_batched_tokens": 64},
+        {"max_num_seqs": 3},
+        {"block_size": 8},
+        {"async_scheduling": True},
+        {"async_scheduling": True, "long_prefill_token_threshold": 7, "debug_checksums": True},
+        {"num_gpu_blocks_override": 40, "preemption_mode": "recompute"},
+        {"num_gpu_blocks_override": 40, "preemption_mode": "swap"},
+        {"num_gpu_blocks_override": 40, "preemption_mode": "swap", "async_scheduling": True, "debug_checksums": True},
+        {"num_gpu_blocks_override": 40, "preemption_mode": "recompute", "async_scheduling": True, "enable_prefix_caching": False},
+        {"scheduling_policy": "sjf"},
+    ],
+    ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()),
+)
 def test_same_bytes(tiny: Path, expected: list[Answer], options: dict[str, Any]) -> None:
     assert run(tiny, requests(1, 31), **options) == expected
 
@@ -90,8 +106,11 @@ def test_alone_equals_with_thirty_others(tiny: Path, expected: list[Answer]) -> 
 
 
 def test_stepped_by_hand_equals_generate(tiny: Path, expected: list[Answer]) -> None:
-    engine = LLMEngine.from_engine_args(EngineArgs(model=str(tiny), skip_tokenizer_init=True, batch_invariant=True, dtype="float32", seed=7,
-                                                   disable_log_stats=True))
+    engine = LLMEngine.from_engine_args(
+        EngineArgs(
+            model=str(tiny), skip_tokenizer_init=True, batch_invariant=True, dtype="float32", seed=7, disable_log_stats=True
+        )
+    )
     waiting = list(enumerate(requests(1, 31)))
     done: dict[str, RequestOutput] = {}
     while waiting or engine.has_unfinished_requests():
@@ -106,7 +125,9 @@ def test_stepped_by_hand_equals_generate(tiny: Path, expected: list[Answer]) -> 
 def test_default_mode_differs_only_at_near_ties(tiny: Path, expected: list[Answer]) -> None:
     """Without the promise a greedy answer may leave the path only where the two best tokens were close."""
     greedy = [(p, s.clone(temperature=0.0, n=1, top_p=1.0, top_k=-1, min_p=0.0)) for p, s in requests(2, 20)]
-    for got, wanted in zip(run(tiny, greedy, alone=True, batch_invariant=False), run(tiny, greedy, batch_invariant=False), strict=True):
+    for got, wanted in zip(
+        run(tiny, greedy, alone=True, batch_invariant=False), run(tiny, greedy, batch_invariant=False), strict=True
+    ):
         if got[0][0] != wanted[0][0]:
             first = next(i for i, (a, b) in enumerate(zip(got[0][0], wanted[0][0], strict=False)) if a != b)
             # greedy: the sampled token is the best one, so a step holds 3 entries, best first

@@ -27,8 +27,16 @@ def test_every_form_of_a_prompt_is_the_same_request(llm: LLM) -> None:
     text = "The capital of France is"
     tokens = llm.get_tokenizer().encode(text)
     wanted = ids(llm, text)
-    for form in ([text], {"prompt": text}, [{"prompt": text}], {"prompt_token_ids": tokens}, [{"prompt_token_ids": tokens}],
-                 {"prompt": "only an echo", "prompt_token_ids": tokens}, tokens, [tokens]):
+    for form in (
+        [text],
+        {"prompt": text},
+        [{"prompt": text}],
+        {"prompt_token_ids": tokens},
+        [{"prompt_token_ids": tokens}],
+        {"prompt": "only an echo", "prompt_token_ids": tokens},
+        tokens,
+        [tokens],
+    ):
         assert ids(llm, form) == wanted, form
     assert ids(llm, None, prompt_token_ids=[tokens]) == wanted
     assert ids(llm, ["echo"], prompt_token_ids=[tokens]) == wanted
@@ -40,7 +48,9 @@ def test_results_come_in_input_order_with_their_prompts(llm: LLM) -> None:
     outputs = llm.generate(prompts, params, use_tqdm=False)
     assert [o.prompt for o in outputs] == prompts
     assert [len(o.outputs[0].token_ids) for o in outputs] == [p.max_tokens for p in params]
-    assert all(isinstance(o, RequestOutput) and o.finished is True and isinstance(o.outputs[0], CompletionOutput) for o in outputs)
+    assert all(
+        isinstance(o, RequestOutput) and o.finished is True and isinstance(o.outputs[0], CompletionOutput) for o in outputs
+    )
     assert len({o.request_id for o in outputs}) == 20
     assert llm.generate([], use_tqdm=False) == []
 
@@ -71,13 +81,22 @@ def test_n_beyond_the_rows_queues(llm: LLM) -> None:
 
 
 def test_stop_strings_and_tokens(llm: LLM) -> None:
-    text = llm.generate("The capital of France is", SamplingParams(temperature=0.0, max_tokens=24), use_tqdm=False)[0].outputs[0].text
+    text = (
+        llm.generate("The capital of France is", SamplingParams(temperature=0.0, max_tokens=24), use_tqdm=False)[0]
+        .outputs[0]
+        .text
+    )
     stop = text[5:9]
-    cut = llm.generate("The capital of France is", SamplingParams(temperature=0.0, max_tokens=24, stop=stop), use_tqdm=False)[0].outputs[0]
+    cut = llm.generate("The capital of France is", SamplingParams(temperature=0.0, max_tokens=24, stop=stop), use_tqdm=False)[
+        0
+    ].outputs[0]
     assert cut.text == text[: text.index(stop)]
     assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
-    kept = llm.generate("The capital of France is", SamplingParams(temperature=0.0, max_tokens=24, stop=[stop], include_stop_str_in_output=True),
-                        use_tqdm=False)[0].outputs[0]
+    kept = llm.generate(
+        "The capital of France is",
+        SamplingParams(temperature=0.0, max_tokens=24, stop=[stop], include_stop_str_in_output=True),
+        use_tqdm=False,
+    )[0].outputs[0]
     assert kept.text == text[: text.index(stop) + len(stop)]
     token = ids(llm, "The capital of France is", GREEDY)[0][3]
     by_id = llm.generate("The capital of France is", GREEDY.clone(stop_token_ids=[token]), use_tqdm=False)[0].outputs[0]
@@ -92,10 +111,12 @@ def test_constraints_on_tokens(llm: LLM) -> None:
     word = plain.split()[0]
     banned = llm.generate("The capital of France is", GREEDY.clone(bad_words=[word]), use_tqdm=False)[0].outputs[0].text
     assert word in plain and word not in banned.split()
+
     def only_42(output: list[int], logits: Any) -> Any:
         logits[:] = -1e9
         logits[42 + len(output)] = 0.0
         return logits
+
     assert ids(llm, "Once", GREEDY.clone(logits_processors=[only_42]))[0] == [42, 43, 44, 45, 46, 47]
     chatty = SamplingParams(temperature=0.0, max_tokens=30, min_tokens=25)
     assert len(llm.chat([{"role": "user", "content": "Say yes."}], chatty, use_tqdm=False)[0].outputs[0].token_ids) >= 25
@@ -104,6 +125,7 @@ def test_constraints_on_tokens(llm: LLM) -> None:
 def test_failing_processor_fails_alone(llm: LLM) -> None:
     def broken(output: list[int], logits: Any) -> Any:
         raise ValueError("planted")
+
     good = ids(llm, "Once upon")[0]
     outputs = llm.generate(["Once upon", "Once upon"], [GREEDY, GREEDY.clone(logits_processors=[broken])], use_tqdm=False)
     assert outputs[0].outputs[0].token_ids == good
@@ -115,7 +137,9 @@ def test_logprobs(llm: LLM) -> None:
     completion = output.outputs[0]
     assert completion.logprobs is not None and output.prompt_logprobs is not None
     assert len(completion.logprobs) == 6 and all(len(step) == 2 for step in completion.logprobs)
-    assert completion.cumulative_logprob == pytest.approx(sum(s[t].logprob for s, t in zip(completion.logprobs, completion.token_ids, strict=True)))
+    assert completion.cumulative_logprob == pytest.approx(
+        sum(s[t].logprob for s, t in zip(completion.logprobs, completion.token_ids, strict=True))
+    )
     assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == len(output.prompt_token_ids)
     for token, step in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
         assert step is not None and token in step and 1 <= len(step) <= 2
@@ -130,7 +154,9 @@ def test_beam_search(llm: LLM) -> None:
     assert len(output.outputs) == 2 and output.outputs[0].token_ids != output.outputs[1].token_ids
     for completion in output.outputs:
         assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-    greedy = llm.generate("The capital of France is", SamplingParams(temperature=0.0, max_tokens=8, logprobs=0), use_tqdm=False)[0].outputs[0]
+    greedy = llm.generate("The capital of France is", SamplingParams(temperature=0.0, max_tokens=8, logprobs=0), use_tqdm=False)[
+        0
+    ].outputs[0]
     best = output.outputs[0]
     assert best.cumulative_logprob is not None and greedy.cumulative_logprob is not None
     assert best.cumulative_logprob / len(best.token_ids) >= greedy.cumulative_logprob / len(greedy.token_ids) - 1e-4
@@ -150,27 +176,32 @@ def test_chat_equals_generate_on_the_rendered_prompt(llm: LLM) -> None:
         assert hostile.prompt_token_ids.count(token) == plain.prompt_token_ids.count(token)
 
 
-@pytest.mark.parametrize(("prompt", "params", "param", "value"), [
-    ("", GREEDY, "prompt", "none"),
-    ([[]], GREEDY, "prompt", "none"),
-    ([[49152]], GREEDY, "prompt", "49152"),
-    ([[-1]], GREEDY, "prompt", "-1"),
-    ([[1] * 513], GREEDY, "prompt", "512"),
-    ([[1] * 500], SamplingParams(max_tokens=100), "max_tokens", "600"),
-    ("a", SamplingParams(use_beam_search=True, best_of=9, temperature=0.0), "best_of", "9"),
-    ("a", SamplingParams(logprobs=21), "logprobs", "21"),
-    ("a", SamplingParams(prompt_logprobs=21), "prompt_logprobs", "21"),
-    ("a", SamplingParams(stop_token_ids=[49152]), "stop_token_ids", "49152"),
-    ("a", SamplingParams(allowed_token_ids=[1, 99999]), "allowed_token_ids", "99999"),
-    ("a", SamplingParams(logit_bias={99999: 1.0}), "logit_bias", "99999"),
-    ({"prompt": 5}, GREEDY, "prompt", "5"),
-    ({"text": "a"}, GREEDY, "prompt", "text"),
-    ({}, GREEDY, "prompt", "neither"),
-    ([[1, "a"]], GREEDY, "prompt", "'a'"),
-    ([[True]], GREEDY, "prompt", "True"),
-    (7, GREEDY, "prompts", "7"),
-])
-def test_a_bad_request_is_named_before_anything_runs(llm: LLM, prompt: Any, params: SamplingParams, param: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "params", "param", "value"),
+    [
+        ("", GREEDY, "prompt", "none"),
+        ([[]], GREEDY, "prompt", "none"),
+        ([[49152]], GREEDY, "prompt", "49152"),
+        ([[-1]], GREEDY, "prompt", "-1"),
+        ([[1] * 513], GREEDY, "prompt", "512"),
+        ([[1] * 500], SamplingParams(max_tokens=100), "max_tokens", "600"),
+        ("a", SamplingParams(use_beam_search=True, best_of=9, temperature=0.0), "best_of", "9"),
+        ("a", SamplingParams(logprobs=21), "logprobs", "21"),
+        ("a", SamplingParams(prompt_logprobs=21), "prompt_logprobs", "21"),
+        ("a", SamplingParams(stop_token_ids=[49152]), "stop_token_ids", "49152"),
+        ("a", SamplingParams(allowed_token_ids=[1, 99999]), "allowed_token_ids", "99999"),
+        ("a", SamplingParams(logit_bias={99999: 1.0}), "logit_bias", "99999"),
+        ({"prompt": 5}, GREEDY, "prompt", "5"),
+        ({"text": "a"}, GREEDY, "prompt", "text"),
+        ({}, GREEDY, "prompt", "neither"),
+        ([[1, "a"]], GREEDY, "prompt", "'a'"),
+        ([[True]], GREEDY, "prompt", "True"),
+        (7, GREEDY, "prompts", "7"),
+    ],
+)
+def test_a_bad_request_is_named_before_anything_runs(
+    llm: LLM, prompt: Any, params: SamplingParams, param: str, value: str
+) -> None:
     with pytest.raises(RequestError) as caught:
         llm.generate(prompt, params, use_tqdm=False)
     assert caught.value.param is not None and caught.value.param.startswith(param)
@@ -187,8 +218,12 @@ def test_a_bad_request_is_named_before_anything_runs(llm: LLM, prompt: Any, para
 
 
 def test_mismatched_lists_and_duplicate_ids(llm: LLM) -> None:
-    for call in (lambda: llm.generate(["a", "b"], [GREEDY], use_tqdm=False), lambda: llm.generate(None, use_tqdm=False),
-                 lambda: llm.generate(["a"], prompt_token_ids=[[1], [2]], use_tqdm=False), lambda: llm.chat([], use_tqdm=False)):
+    for call in (
+        lambda: llm.generate(["a", "b"], [GREEDY], use_tqdm=False),
+        lambda: llm.generate(None, use_tqdm=False),
+        lambda: llm.generate(["a"], prompt_token_ids=[[1], [2]], use_tqdm=False),
+        lambda: llm.chat([], use_tqdm=False),
+    ):
         with pytest.raises(RequestError):
             call()
     llm.llm_engine.add_request("twice", "Once", GREEDY)
@@ -200,9 +235,14 @@ def test_mismatched_lists_and_duplicate_ids(llm: LLM) -> None:
 
 
 def test_unknown_and_refused_options() -> None:
-    for options, word in (({"max_model_length": 5}, "max_model_len"), ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
-                          ({"quantization": "awq"}, "awq"), ({"trust_remote_code": True}, "trust_remote_code"),
-                          ({"max_model_len": 10**6}, "max_model_len"), ({"device": "cuda"}, "cuda")):
+    for options, word in (
+        ({"max_model_length": 5}, "max_model_len"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+        ({"quantization": "awq"}, "awq"),
+        ({"trust_remote_code": True}, "trust_remote_code"),
+        ({"max_model_len": 10**6}, "max_model_len"),
+        ({"device": "cuda"}, "cuda"),
+    ):
         with pytest.raises(ConfigError, match=word):
             LLM("smollm2", **options)
 

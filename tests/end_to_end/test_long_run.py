@@ -14,15 +14,27 @@ from octavo import EngineArgs, LLMEngine, SamplingParams
 def test_two_thousand_requests(tiny: Path, ahead: bool) -> None:
     rng = random.Random(11 + ahead)
     # 24 rows of up to ~90 tokens need some 8 blocks each; the pool holds 24 blocks in all
-    engine = LLMEngine.from_engine_args(EngineArgs(model=str(tiny), skip_tokenizer_init=True, max_num_seqs=24, num_gpu_blocks_override=24,
-                                                   max_model_len=160, async_scheduling=ahead, disable_log_stats=True, swap_space=0.01))
+    engine = LLMEngine.from_engine_args(
+        EngineArgs(
+            model=str(tiny),
+            skip_tokenizer_init=True,
+            max_num_seqs=24,
+            num_gpu_blocks_override=24,
+            max_model_len=160,
+            async_scheduling=ahead,
+            disable_log_stats=True,
+            swap_space=0.01,
+        )
+    )
     shared = [rng.randrange(3, 211) for _ in range(40)]
     done: dict[str, list[str | None]] = {}
     aborted, sent, memory = set(), 0, []
     while sent < 1000 or engine.has_unfinished_requests():
         while sent < 1000 and engine.get_num_unfinished_requests() < 40:
             prompt = shared[: rng.randint(0, 40)] + [rng.randrange(3, 211) for _ in range(rng.randint(1, 40))]
-            params = SamplingParams(temperature=rng.choice([0.0, 1.0]), n=rng.choice([1, 1, 1, 2, 3]), max_tokens=rng.randint(1, 48), seed=sent)
+            params = SamplingParams(
+                temperature=rng.choice([0.0, 1.0]), n=rng.choice([1, 1, 1, 2, 3]), max_tokens=rng.randint(1, 48), seed=sent
+            )
             engine.add_request(str(sent), None, params, prompt_token_ids=prompt, stream=bool(sent % 2))
             sent += 1
         for output in engine.step():

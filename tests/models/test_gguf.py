@@ -18,7 +18,10 @@ from octavo.errors import ModelError
 from octavo.models.gguf import BLOCKS, PLAIN, GgufFile, dequantize
 
 QUANTISED = [kind for kind in BLOCKS if kind not in PLAIN]
-HALVES = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+HALVES = {  # where a block keeps its float16 scales
+    "Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2],
+    "Q6_K": [208],
+}
 
 
 def random_blocks(kind: str, count: int, seed: int = 0) -> np.ndarray:
@@ -135,8 +138,8 @@ def sample_tensors() -> dict[str, tuple[np.ndarray, Any]]:
 @pytest.fixture
 def sample(tmp_path: Path) -> Path:
     return write_file(
-        tmp_path / "sample.gguf", tensors=sample_tensors(), tokenizer__tokens=["a", "é", "", "<|end|>"], scores=[0.5, -2.0],
-        types=[1, 2, -3], name="ünïcode", factor=1.5, flag=True, small=-7, flags=[True, False],
+        tmp_path / "sample.gguf", tensors=sample_tensors(), tokenizer__tokens=["a", "é", "", "<|end|>"],
+        scores=[0.5, -2.0], types=[1, 2, -3], name="ünïcode", factor=1.5, flag=True, small=-7, flags=[True, False],
     )
 
 
@@ -162,7 +165,7 @@ def test_metadata_and_tensors_as_the_package_reads_them(sample: Path) -> None:
 def test_plain_types_come_as_they_are_stored_and_quantised_ones_as_asked(sample: Path) -> None:
     file = GgufFile(sample)
     for dtype in (torch.float32, torch.bfloat16):
-        assert [file.read(n, dtype).dtype for n in ("f32", "f16", "bf16")] == [torch.float32, torch.float16, torch.bfloat16]
+        assert [file.read(n.lower(), dtype).dtype for n in PLAIN] == [*PLAIN.values()]
         assert file.read("q4_k", dtype).dtype == dtype
 
 
@@ -195,9 +198,8 @@ def test_cut_anywhere_it_is_a_model_error(sample: Path) -> None:
     whole = sample.read_bytes()
     last = GgufFile(sample).tensors["q6_k"]
     end_of_data = last.start + last.num_bytes
-    for end in [*range(0, 3000), *range(3000, end_of_data, 41), end_of_data - 1]:
-        if end >= end_of_data:
-            break
+    assert end_of_data > 3000
+    for end in [*range(3000), *range(3000, end_of_data, 41), end_of_data - 1]:
         sample.write_bytes(whole[:end])
         with pytest.raises(ModelError, match=r"sample\.gguf"):
             GgufFile(sample)
@@ -208,7 +210,8 @@ def test_cut_anywhere_it_is_a_model_error(sample: Path) -> None:
 def test_any_damage_is_a_model_error_or_harmless(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Bytes of the header overwritten at random: refused by name, or still a file whose tensors can be read."""
     folder = tmp_path_factory.mktemp("damage")
-    path = write_file(folder / "x.gguf", tensors={"a": (np.ones((2, 4), np.float32), None)}, words=["x", "yy"], n=[1, 2])
+    ones = np.ones((2, 4), np.float32)
+    path = write_file(folder / "x.gguf", tensors={"a": (ones, None)}, words=["x", "yy"], n=[1, 2])
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 33))] = data.draw(st.sampled_from([0, 1, 8, 9, 127, 255]))
@@ -271,7 +274,10 @@ def test_both_versions(version: int, tmp_path: Path) -> None:
         (by_hand([text("k") + struct.pack("<IQ", 8, HUGE)]), "truncated"),
         (by_hand([text("k") + struct.pack("<IIQ", 9, 0, HUGE)]), "truncated"),
         (by_hand([text("k") + struct.pack("<IIQ", 9, 8, 1 << 61)]), "truncated"),
-        (by_hand([text("k") + struct.pack("<IIQ", 9, 8, 3) + text("a")]), "truncated|UTF-8"),
+        (by_hand([text("k") + struct.pack("<IIQQ", 9, 8, 3, 1000)]), "truncated inside k"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("k") + struct.pack("<IIQ", 9, 8, 2) + text("a") + bytes(7),
+         "truncated inside k"),
+        (by_hand([text("k") + struct.pack("<IIQQ", 9, 8, 1, 1) + b"\xff"]), "k holds a string that is not UTF-8"),
         (by_hand([text("k") + struct.pack("<IIQ", 9, 9, 1)]), "array of arrays"),
         (by_hand([text("k") + struct.pack("<II", 99, 0)]), "unknown value type 99"),
         (by_hand([text("k") + struct.pack("<IIQ", 9, 99, 1)]), "unknown value type 99"),

@@ -13,22 +13,38 @@ from tokenizers import Tokenizer as Backend
 
 from octavo.text.facts import TokenizerFacts
 from octavo.text.gguf_vocab import vocabulary_from_gguf
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.vocabulary import Tokenizer
 
 DATA = Path(__file__).parent.parent / "data" / "text"
 CORPUS = [
     "The capital of France is Paris, and the capital of Spain is Madrid.",
     "She said: don't you know that it's 1234 o'clock? We're late!",
-    "Große Straßen, naïve cafés, über alles; 你好，世界。こんにちは世界 🎉🎉 🤖",
+    "Große Straßen, naïve cafés, über alles; 你好\uff0c世界。こんにちは世界 🎉🎉 🤖",
     "def main():\n    return {'a': [1, 2, 3]}\n\n\tprint(x)  # comment",
     "user assistant system tool function call arguments name content role",
-    "<tools> </tools> {\"name\": \"get\", \"arguments\": {}} Today Date: 2024",
+    '<tools> </tools> {"name": "get", "arguments": {}} Today Date: 2024',
 ] * 3
 # Control tokens of all the template families together; one swallows the spaces behind it, as Phi-3's do.
 SPECIALS = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
-    "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
-    "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<bos>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<s>",
+    "</s>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_CALLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<bos>",
 ]
 STRIPPING = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 PLAIN = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
@@ -40,13 +56,16 @@ def byte_level() -> Tokenizer:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    backend.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+    )
     backend.add_special_tokens([AddedToken(text, normalized=False) for text in SPECIALS])
     backend.add_special_tokens([AddedToken(text, normalized=False, rstrip=True) for text in STRIPPING])
     backend.add_tokens([AddedToken(text, normalized=False) for text in PLAIN])
     facts = TokenizerFacts(
-        {"bos_token": "<s>", "eos_token": "</s>"}, backend.token_to_id("<s>"), (backend.token_to_id("</s>"),))
+        {"bos_token": "<s>", "eos_token": "</s>"}, backend.token_to_id("<s>"), (backend.token_to_id("</s>"),)
+    )
     return Tokenizer(backend, facts)
 
 
@@ -71,20 +90,39 @@ class Trained:
         lines = [" ".join(pseudo.choices(alphabet, k=12)) for _ in range(400)]
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=700, byte_fallback=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=0.98,
-            minloglevel=2, num_threads=1, **options)
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=700,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            character_coverage=0.98,
+            minloglevel=2,
+            num_threads=1,
+            **options,
+        )
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         size = self.processor.get_piece_size()
         kinds = [
-            2 if self.processor.is_unknown(i) else 3 if self.processor.is_control(i)
-            else 6 if self.processor.is_byte(i) else 1 for i in range(size)]
+            2
+            if self.processor.is_unknown(i)
+            else 3
+            if self.processor.is_control(i)
+            else 6
+            if self.processor.is_byte(i)
+            else 1
+            for i in range(size)
+        ]
         self.metadata: dict[str, Any] = {
-            "tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
             "tokenizer.ggml.tokens": [self.processor.id_to_piece(i) for i in range(size)],
             "tokenizer.ggml.scores": [self.processor.get_score(i) for i in range(size)],
             "tokenizer.ggml.token_type": kinds,
-            "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+            "tokenizer.ggml.unknown_token_id": 0,
             "tokenizer.ggml.add_space_prefix": options.get("add_dummy_prefix", True),
         }
         self.tokenizer = Tokenizer(*vocabulary_from_gguf(self.metadata))

@@ -36,11 +36,14 @@ def load(path: Path, **values: Any) -> Tokenizer:
     return load_tokenizer(source, EngineConfig(model=str(path), **values))
 
 
-@pytest.mark.parametrize("settings", [
-    {"bos_token": "<s>", "eos_token": "</s>"},
-    {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "add_bos_token": True},
-    {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False, "add_eos_token": True},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bos_token": "<s>", "eos_token": "</s>"},
+        {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "add_bos_token": True},
+        {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False, "add_eos_token": True},
+    ],
+)
 @pytest.mark.parametrize("framed", [None, False, True])
 def test_ids_as_transformers(
     tmp_path: Path, byte_level: Tokenizer, settings: dict[str, Any], framed: bool | None
@@ -52,7 +55,8 @@ def test_ids_as_transformers(
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
     if framed:
         backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
     path = folder(tmp_path, backend, {"tokenizer_class": "PreTrainedTokenizerFast"} | settings)
     theirs = PreTrainedTokenizerFast.from_pretrained(path)
     ours = load(path)
@@ -69,7 +73,10 @@ def test_ids_as_transformers(
 def test_end_tokens_are_a_union(tmp_path: Path, byte_level: Tokenizer) -> None:
     path = folder(tmp_path, copy(byte_level), {"eos_token": "</s>"})
     own = byte_level.token_to_id("</s>")
-    assert load(path, generation_config={"eos_token_id": [7, own]}, config={"eos_token_id": 9}).eos_token_ids == (own, 7)
+    assert load(path, generation_config={"eos_token_id": [7, own]}, config={"eos_token_id": 9}).eos_token_ids == (
+        own,
+        7,
+    )
     assert load(path, config={"eos_token_id": 9}).eos_token_ids == (own, 9)
     assert load(path, generation_config={"eos_token_id": 7}).eos_token_ids == (own, 7)
 
@@ -111,8 +118,14 @@ def test_sentencepiece_folder_goes_through_transformers(
     tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tokenizer.model").write_bytes(trained.processor.serialized_model_proto())
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-                "add_bos_token": True, "legacy": True}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "legacy": True,
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     tokenizer = load(tmp_path)
     assert tokenizer.encode("The capital of France") == [1, *trained.processor.encode("The capital of France")]
@@ -176,10 +189,16 @@ def test_chat_template_files(tmp_path: Path, byte_level: Tokenizer) -> None:
         load(path)
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[]"), ("tokenizer_config.json", "{x"),
-    ("special_tokens_map.json", b"\xff"),
-])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", "{x"),
+        ("special_tokens_map.json", b"\xff"),
+    ],
+)
 def test_broken_files_are_named(tmp_path: Path, byte_level: Tokenizer, name: str, content: str | bytes) -> None:
     folder(tmp_path, copy(byte_level))
     (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)

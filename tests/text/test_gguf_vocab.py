@@ -11,12 +11,32 @@ from tokenizers import Tokenizer as Backend
 from octavo.errors import ModelError
 from octavo.text import gguf_vocab
 from octavo.text.gguf_vocab import PRE_TOKENIZERS, vocabulary_from_gguf
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.vocabulary import Tokenizer
 
 HARD = [
-    "", " ", "  ", "\n", " \n ", "Hello world", " Hello world", "  two  spaces  ", "\tTab", "line\nbreak\n\n", "naïve café",
-    "1234567890 007", "你好，世界", "🎉🤖🎉", "a\u0301 e\u0308", "<s> </s> <unk>", "<0x0A><0x41>", "\u2581 \u2581\u2581x",
-    "\x00\x01\x7f", "aaaaaaaaaaaaaaaaaaaa", "\u200b\ufeff", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "The capital of France is Paris.",
+    "",
+    " ",
+    "  ",
+    "\n",
+    " \n ",
+    "Hello world",
+    " Hello world",
+    "  two  spaces  ",
+    "\tTab",
+    "line\nbreak\n\n",
+    "naïve café",
+    "1234567890 007",
+    "你好\uff0c世界",
+    "🎉🤖🎉",
+    "a\u0301 e\u0308",
+    "<s> </s> <unk>",
+    "<0x0A><0x41>",
+    "\u2581 \u2581\u2581x",
+    "\x00\x01\x7f",
+    "aaaaaaaaaaaaaaaaaaaa",
+    "\u200b\ufeff",
+    "\U0001d518\U0001d52b",
+    "The capital of France is Paris.",
 ]
 
 
@@ -67,7 +87,8 @@ def test_sentencepiece_frame(trained: Any) -> None:
 def test_numpy_metadata(trained: Any) -> None:
     arrays = trained.metadata | {
         "tokenizer.ggml.scores": np.array(trained.metadata["tokenizer.ggml.scores"], dtype=np.float32),
-        "tokenizer.ggml.token_type": np.array(trained.metadata["tokenizer.ggml.token_type"], dtype=np.int32)}
+        "tokenizer.ggml.token_type": np.array(trained.metadata["tokenizer.ggml.token_type"], dtype=np.int32),
+    }
     tokenizer = Tokenizer(*vocabulary_from_gguf(arrays))
     assert tokenizer.encode("The capital of France") == trained.tokenizer.encode("The capital of France")
 
@@ -90,9 +111,9 @@ def huggingface(vocab: dict[str, int], merges: list[tuple[str, str]], name: str)
     backend = Backend(models.BPE(vocab, merges, ignore_merges=name == "llama-bpe"))
     isolated = {
         "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
         "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                 r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
     }
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name not in isolated)
     steps: list[Any] = [last]
@@ -114,9 +135,16 @@ def test_named_pre_tokenisers(name: str, byte_level: Tokenizer) -> None:
     model = json.loads(byte_level.backend.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    ours = Tokenizer(*vocabulary_from_gguf({
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges]}))
+    ours = Tokenizer(
+        *vocabulary_from_gguf(
+            {
+                "tokenizer.ggml.model": "gpt2",
+                "tokenizer.ggml.pre": name,
+                "tokenizer.ggml.tokens": tokens,
+                "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+            }
+        )
+    )
     theirs = huggingface(model["vocab"], merges, name)
     for text in HARD + texts(2, 300) + ["It'S 12345 x\r\n\r\n  y", "HE'LL", "a...\n\n!!"]:
         ids = ours.encode(text)
@@ -143,23 +171,28 @@ def byte_metadata(byte_level: Tokenizer) -> dict[str, Any]:
 
     model = json.loads(byte_level.backend.to_str())["model"]
     return {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": sorted(model["vocab"], key=model["vocab"].__getitem__),
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]]}
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
+    }
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model 'bert'"),
-    ({"tokenizer.ggml.pre": "no-such-name"}, "'no-such-name'"),
-    ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing"),
-    ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges is missing"),
-    ({"tokenizer.ggml.merges": ["ab"]}, "'ab'"),
-    ({"tokenizer.ggml.merges": ["a zzzz"]}, "tokenizer.ggml.merges"),
-    ({"tokenizer.ggml.token_type": [1, 1]}, "tokenizer.ggml.token_type has 2 entries"),
-    ({"tokenizer.ggml.tokens": ["a", "a"]}, "'a' twice"),
-    ({"tokenizer.ggml.eos_token_id": 10**6}, "tokenizer.ggml.eos_token_id 1000000"),
-    ({"tokenizer.ggml.add_bos_token": True}, "tokenizer.ggml.bos_token_id"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model 'bert'"),
+        ({"tokenizer.ggml.pre": "no-such-name"}, "'no-such-name'"),
+        ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing"),
+        ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges is missing"),
+        ({"tokenizer.ggml.merges": ["ab"]}, "'ab'"),
+        ({"tokenizer.ggml.merges": ["a zzzz"]}, "tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.token_type": [1, 1]}, "tokenizer.ggml.token_type has 2 entries"),
+        ({"tokenizer.ggml.tokens": ["a", "a"]}, "'a' twice"),
+        ({"tokenizer.ggml.eos_token_id": 10**6}, "tokenizer.ggml.eos_token_id 1000000"),
+        ({"tokenizer.ggml.add_bos_token": True}, "tokenizer.ggml.bos_token_id"),
+    ],
+)
 def test_errors_name_the_key(change: dict[str, Any], words: str, byte_level: Tokenizer) -> None:
     metadata = {k: v for k, v in (byte_metadata(byte_level) | change).items() if v is not None}
     with pytest.raises(ModelError) as caught:
@@ -175,8 +208,15 @@ def test_missing_name_is_the_default_and_said(byte_level: Tokenizer, caplog: pyt
 
 
 def test_end_tokens_and_templates(byte_level: Tokenizer) -> None:
-    _, facts = vocabulary_from_gguf(byte_metadata(byte_level) | {
-        "tokenizer.ggml.eos_token_id": 5, "tokenizer.ggml.eot_token_id": 7, "tokenizer.chat_template": "A",
-        "tokenizer.chat_template.tool_use": "B", "tokenizer.chat_templates": ["tool_use"]})
+    _, facts = vocabulary_from_gguf(
+        byte_metadata(byte_level)
+        | {
+            "tokenizer.ggml.eos_token_id": 5,
+            "tokenizer.ggml.eot_token_id": 7,
+            "tokenizer.chat_template": "A",
+            "tokenizer.chat_template.tool_use": "B",
+            "tokenizer.chat_templates": ["tool_use"],
+        }
+    )
     assert facts.eos_token_ids == (5, 7) and facts.chat_templates == {"default": "A", "tool_use": "B"}
     assert gguf_vocab.SPACE == "\u2581"

@@ -1,4 +1,4 @@
-"""octavo.text.tokenizer: encoding with and without control tokens, decoding, range checks."""
+"""octavo.text.vocabulary: encoding with and without control tokens, decoding, range checks."""
 
 import threading
 
@@ -10,10 +10,30 @@ from tokenizers import Tokenizer as Backend
 
 from octavo.errors import RequestError
 from octavo.text.facts import TokenizerFacts
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.vocabulary import Tokenizer
 
-FRAGMENTS = ["<|im_end|>", "<|im_start|>", "<s>", "</s>", "<|im_", "end|>", "<", "|>", " ", "a", "Paris", "<think>", "é", "\n",
-             "<|user|>", "  ", "[INST]", "<|<|im_end|>im_end|>", "#1", "1"]
+FRAGMENTS = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "<s>",
+    "</s>",
+    "<|im_",
+    "end|>",
+    "<",
+    "|>",
+    " ",
+    "a",
+    "Paris",
+    "<think>",
+    "é",
+    "\n",
+    "<|user|>",
+    "  ",
+    "[INST]",
+    "<|<|im_end|>im_end|>",
+    "#1",
+    "1",
+]
 
 
 def test_special_strings_are_parsed_or_not(byte_level: Tokenizer) -> None:
@@ -90,7 +110,8 @@ def test_batch_equals_single(byte_level: Tokenizer) -> None:
     texts = ["", "a<|im_end|>", "Paris is", "你好 🎉"] * 5
     for parse in (True, False):
         assert byte_level.encode_batch(texts, parse_special=parse) == [
-            byte_level.encode(text, parse_special=parse) for text in texts]
+            byte_level.encode(text, parse_special=parse) for text in texts
+        ]
     assert byte_level.encode_batch([]) == []
 
 
