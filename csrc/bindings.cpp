@@ -47,13 +47,20 @@ using torch::headeronly::ScalarType;
 
 DType dtype_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return f32;
-    case ScalarType::Half: return f16;
-    case ScalarType::BFloat16: return bf16;
-    case ScalarType::Long: return i64;
-    case ScalarType::Int: return i32;
-    case ScalarType::Bool: return b8;
-    default: return other;
+    case ScalarType::Float:
+      return f32;
+    case ScalarType::Half:
+      return f16;
+    case ScalarType::BFloat16:
+      return bf16;
+    case ScalarType::Long:
+      return i64;
+    case ScalarType::Int:
+      return i32;
+    case ScalarType::Bool:
+      return b8;
+    default:
+      return other;
   }
 }
 
@@ -172,8 +179,7 @@ STABLE_TORCH_LIBRARY(octavo, m) {
   m.def("set_isa(str name) -> str");
 }
 
-#define OCTAVO_CPU(name) \
-  m.impl(#name, TORCH_BOX((&octavo::Operator<&octavo::plain::name, &octavo::avx2::name, &octavo::avx512::name>::call)))
+#define OCTAVO_CPU(name) m.impl(#name, TORCH_BOX((&octavo::Operator<&octavo::plain::name, &octavo::avx2::name, &octavo::avx512::name>::call)))
 
 STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
   OCTAVO_CPU(rms_norm);

@@ -49,16 +49,16 @@ void activation(const Tensor& out,  // float32 [T, d]
                 std::string_view kind);
 
 // --- cpu/kv_cache.cpp ------------------------------------------------------------------------------------------------------------
-void write_kv(const Tensor& key,      // float32 [T, H, D], stride of dimension 0 free
-              const Tensor& value,    // float32 [T, H, D], stride of dimension 0 free
-              const Tensor& k_cache,  // storage [B, S, H, D]
-              const Tensor& v_cache,  // storage [B, S, H, D]
-              const Tensor& slots);   // int64 [T]: block * S + offset, or -1
-void gather_kv(const Tensor& key,      // float32 [T, H, D]
-               const Tensor& value,    // float32 [T, H, D]
-               const Tensor& k_cache,  // storage [B, S, H, D]
-               const Tensor& v_cache,  // storage [B, S, H, D]
-               const Tensor& slots);   // int64 [T]; -1 gives zeros
+void write_kv(const Tensor& key,        // float32 [T, H, D], stride of dimension 0 free
+              const Tensor& value,      // float32 [T, H, D], stride of dimension 0 free
+              const Tensor& k_cache,    // storage [B, S, H, D]
+              const Tensor& v_cache,    // storage [B, S, H, D]
+              const Tensor& slots);     // int64 [T]: block * S + offset, or -1
+void gather_kv(const Tensor& key,       // float32 [T, H, D]
+               const Tensor& value,     // float32 [T, H, D]
+               const Tensor& k_cache,   // storage [B, S, H, D]
+               const Tensor& v_cache,   // storage [B, S, H, D]
+               const Tensor& slots);    // int64 [T]; -1 gives zeros
 void copy_blocks(const Tensor& kv,      // any [L, 2, B, S, H, D]
                  const Tensor& pairs);  // int32 [N, 2]: source, destination; destinations are disjoint from sources
 void swap_blocks(const Tensor& src,     // any [L, 2, A, S, H, D]
@@ -80,10 +80,10 @@ void paged_attention(const Tensor& out,           // float32 [T, Q, D]
 // --- cpu/gemm.cpp ----------------------------------------------------------------------------------------------------------------
 void pack_linear(const Tensor& packed,   // storage [P, K, 32], P = ceil(N / 32): bindings.cpp allocates it
                  const Tensor& weight);  // same dtype [N, K]
-void linear(const Tensor& out,     // float32 [M, n], stride of dimension 0 free
-            const Tensor& x,       // float32 [M, K], stride of dimension 0 free
-            const Tensor& packed,  // storage [P, K, 32]
-            const Tensor* bias,    // float32 [n]
+void linear(const Tensor& out,           // float32 [M, n], stride of dimension 0 free
+            const Tensor& x,             // float32 [M, K], stride of dimension 0 free
+            const Tensor& packed,        // storage [P, K, 32]
+            const Tensor* bias,          // float32 [n]
             int64_t n);
 void embedding(const Tensor& out,     // float32 [T, K]
                const Tensor& ids,     // int64 [T], in [0, n)
@@ -91,22 +91,22 @@ void embedding(const Tensor& out,     // float32 [T, K]
                int64_t n);
 
 // --- cpu/sampling.cpp ------------------------------------------------------------------------------------------------------------
-void penalties(const Tensor& logits,       // float32 [S, V], changed in place
-               const Tensor& counts,       // int32 [P, V]
-               const Tensor& prompt_mask,  // bool [P, V]
-               const Tensor& slots,        // int32 [S]: index into P, or -1
-               const Tensor& repetition,   // float32 [S]
-               const Tensor& frequency,    // float32 [S]
-               const Tensor& presence);    // float32 [S]
-void sample(const Tensor& tokens,       // int32 [S]
-            const Tensor& logits,       // float32 [S, V]
-            const Tensor& temperature,  // float32 [S]
-            const Tensor& top_k,        // int32 [S]
-            const Tensor& top_p,        // float32 [S]
-            const Tensor& min_p,        // float32 [S]
-            const Tensor& seeds,        // int64 [S]
-            const Tensor& index,        // int32 [S]
-            const Tensor& positions);   // int32 [S]
+void penalties(const Tensor& logits,             // float32 [S, V], changed in place
+               const Tensor& counts,             // int32 [P, V]
+               const Tensor& prompt_mask,        // bool [P, V]
+               const Tensor& slots,              // int32 [S]: index into P, or -1
+               const Tensor& repetition,         // float32 [S]
+               const Tensor& frequency,          // float32 [S]
+               const Tensor& presence);          // float32 [S]
+void sample(const Tensor& tokens,                // int32 [S]
+            const Tensor& logits,                // float32 [S, V]
+            const Tensor& temperature,           // float32 [S]
+            const Tensor& top_k,                 // int32 [S]
+            const Tensor& top_p,                 // float32 [S]
+            const Tensor& min_p,                 // float32 [S]
+            const Tensor& seeds,                 // int64 [S]
+            const Tensor& index,                 // int32 [S]
+            const Tensor& positions);            // int32 [S]
 void token_logprobs(const Tensor& logprobs,      // float32 [S]
                     const Tensor& ranks,         // int32 [S]
                     const Tensor& top_ids,       // int32 [S, k]

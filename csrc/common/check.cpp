@@ -33,7 +33,7 @@ std::string letters(const char* shape) {
   return text + "]";
 }
 
-// Whether dimension `d` follows the next one without a gap; a dimension of one element may have any stride.
+// Whether the dimensions from `first` on follow each other without a gap; a dimension of one element may have any stride.
 bool is_dense(const Tensor& t, int first) {
   int64_t expected = 1;
   for (int d = t.ndim - 1; d >= first; --d) {
@@ -46,18 +46,19 @@ bool is_dense(const Tensor& t, int first) {
 }  // namespace
 
 void Contract::tensor(const char* name, const Tensor& t, const char* shape, uint32_t dtypes, Layout layout) {
-  const std::string what = std::string(op_) + ": " + name + " " + letters(shape);
-  const std::string found = numbers(t.size, t.ndim);
-  if (!(t.dtype & dtypes)) throw std::runtime_error(what + " must be " + dtype_names(dtypes) + ", not " + dtype_names(t.dtype));
+  // Words are put together only for an error: this runs for every tensor of every call.
+  const auto fail = [&](const std::string& why) { throw std::runtime_error(std::string(op_) + ": " + name + " " + letters(shape) + " " + why); };
+  const auto found = [&] { return numbers(t.size, t.ndim); };
+  if (!(t.dtype & dtypes)) fail("must be " + dtype_names(dtypes) + ", not " + dtype_names(t.dtype));
   int ndim = 0;
   while (shape[ndim]) ++ndim;
-  if (t.ndim != ndim) throw std::runtime_error(what + " must have " + std::to_string(ndim) + " dimensions, found shape " + found);
+  if (t.ndim != ndim) fail("must have " + std::to_string(ndim) + " dimensions, found shape " + found());
   bool empty = false;
   for (int d = 0; d < ndim; ++d) {
     const char letter = shape[d];
     empty |= t.size[d] == 0;
     if (letter >= '0' && letter <= '9') {
-      if (t.size[d] != letter - '0') throw std::runtime_error(what + " has shape " + found);
+      if (t.size[d] != letter - '0') fail("has shape " + found());
       continue;
     }
     int64_t& value = value_[letter - 'A'];
@@ -66,15 +67,12 @@ void Contract::tensor(const char* name, const Tensor& t, const char* shape, uint
       owner = name;
       value = t.size[d];
     } else if (value != t.size[d]) {
-      throw std::runtime_error(what + " has shape " + found + ", but " + letter + " = " + std::to_string(value) + " in " + owner);
+      fail("has shape " + found() + ", but " + letter + " = " + std::to_string(value) + " in " + owner);
     }
   }
-  if (empty) return;
-  const int first = layout == packed ? 0 : layout == rows ? 1 : ndim - 1;
-  if (!is_dense(t, first)) {
-    const char* wanted = layout == packed ? "contiguous" : layout == rows ? "contiguous but for dimension 0" : "contiguous in its last dimension";
-    throw std::runtime_error(what + " must be " + wanted + ", found shape " + found + " with strides " + numbers(t.stride, t.ndim));
-  }
+  if (empty || is_dense(t, layout == packed ? 0 : layout == rows ? 1 : ndim - 1)) return;
+  const char* wanted = layout == packed ? "contiguous" : layout == rows ? "contiguous but for dimension 0" : "contiguous in its last dimension";
+  fail(std::string("must be ") + wanted + ", found shape " + found() + " with strides " + numbers(t.stride, t.ndim));
 }
 
 void Contract::require(bool holds, const char* message, ...) const {

@@ -48,7 +48,7 @@ inline Float16 narrow<Float16>(float x) {
   const uint32_t magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff))};
   if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520 and above round to infinity
-  if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 makes the hardware round at the subnormal's last bit
+  if (magnitude < 0x38800000) {                                                // below 2^-14: adding 0.5 makes the hardware round at the subnormal's last bit
     const float rounded = std::bit_cast<float>(magnitude) + 0.5f;
     return {static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(rounded) - 0x3f000000))};
   }

@@ -14,8 +14,8 @@ enum DType : uint32_t {
   bf16 = 4,
   i64 = 8,
   i32 = 16,
-  b8 = 32,     // bool, one byte
-  other = 64,  // any dtype that no kernel computes with
+  b8 = 32,                           // bool, one byte
+  other = 64,                        // any dtype that no kernel computes with
   storage_types = f32 | f16 | bf16,  // weights and the KV cache
   any_type = 127,
 };

@@ -87,14 +87,14 @@ inline void out_of_order<BFloat16>(Vec& first, Vec& second) {
 
 // Where a tile stands: `rows` rows of x times columns of one panel, over k in [0, depth).
 struct Tile {
-  const float* x;     // [rows, depth], row stride x_stride
+  const float* x;  // [rows, depth], row stride x_stride
   int64_t x_stride;
-  const void* b;      // [depth, 32], first wanted column
+  const void* b;  // [depth, 32], first wanted column
   int64_t depth;
-  float* c;           // [rows, columns], row stride c_stride
+  float* c;  // [rows, columns], row stride c_stride
   int64_t c_stride;
-  bool fresh;         // start the chains at zero, else go on from c
-  const float* bias;  // [columns], added after the last k; or null
+  bool fresh;          // start the chains at zero, else go on from c
+  const float* bias;   // [columns], added after the last k; or null
   const void* ahead;   // where to prefetch while k advances (any address will do)
   int64_t ahead_step;  // bytes for each k
 };
@@ -186,13 +186,13 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How a problem is cut into tasks (a block of rows times a group of panels) and a task into slices (one panel times a block of k).
 struct Plan {
-  int64_t tile_rows;     // rows that advance together; all tiles but the last of a block have as many
-  int64_t block_rows;    // rows of a task
+  int64_t tile_rows;   // rows that advance together; all tiles but the last of a block have as many
+  int64_t block_rows;  // rows of a task
   int64_t row_blocks;
-  int64_t group;         // panels of a task
+  int64_t group;  // panels of a task
   int64_t groups;
-  int64_t depth;         // k of a slice
-  bool k_outer;          // walk all panels of the group for one block of k before the next, else all k of a panel before the next panel
+  int64_t depth;  // k of a slice
+  bool k_outer;   // walk all panels of the group for one block of k before the next, else all k of a panel before the next panel
 };
 
 constexpr int64_t most_rows = 12 * 12;   // with 256 of k this much of x lies in the second-level cache beside the outputs of a group
@@ -320,9 +320,8 @@ void linear(const Tensor& out, const Tensor& x, const Tensor& packed, const Tens
   check_packed(c, packed, n);
   c.require(c['N'] == n, "out has %lld columns, but n = %lld", static_cast<long long>(c['N']), static_cast<long long>(n));
   if (c['M'] == 0 || n == 0) return;
-  const Problem a{x.ptr<const float>(), x.stride[0],   packed.data, bias ? bias->ptr<const float>() : nullptr,
-                  out.ptr<float>(),     out.stride[0], c['M'],      n,
-                  c['K'],               c['P']};
+  const Problem a{
+      x.ptr<const float>(), x.stride[0], packed.data, bias ? bias->ptr<const float>() : nullptr, out.ptr<float>(), out.stride[0], c['M'], n, c['K'], c['P']};
   if (packed.dtype == f32)
     multiply<float>(a);
   else if (packed.dtype == bf16)

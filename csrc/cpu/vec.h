@@ -135,14 +135,13 @@ inline Mask first(int64_t count) {
   return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count >= lanes ? lanes : static_cast<int>(count)), lane))};
 }
 // Lanes begin <= lane < end.
-inline Mask between(int64_t begin, int64_t end) {
-  return {_mm256_andnot_ps(first(begin < 0 ? 0 : begin).v, first(end < 0 ? 0 : end).v)};
-}
+inline Mask between(int64_t begin, int64_t end) { return {_mm256_andnot_ps(first(begin < 0 ? 0 : begin).v, first(end < 0 ? 0 : end).v)}; }
 inline Vec load(const float* p, int64_t count) { return {_mm256_maskload_ps(p, _mm256_castps_si256(first(count).v))}; }
 template <class T>
 inline Vec load(const T* p, int64_t count) {
+  if (count >= lanes) return load(p);
   T whole[lanes] = {};
-  std::memcpy(whole, p, sizeof(T) * static_cast<size_t>(count >= lanes ? lanes : count));
+  std::memcpy(whole, p, sizeof(T) * static_cast<size_t>(count));
   return load(whole);
 }
 inline void store(float* p, Vec a, int64_t count) { _mm256_maskstore_ps(p, _mm256_castps_si256(first(count).v), a.v); }
@@ -236,8 +235,9 @@ inline Mask first(int64_t count) {
 inline Mask between(int64_t begin, int64_t end) { return {~first(begin < 0 ? 0 : begin).v & first(end < 0 ? 0 : end).v}; }
 template <class T>
 inline Vec load(const T* p, int64_t count) {
+  if (count >= lanes) return load(p);
   T whole[lanes] = {};
-  std::memcpy(whole, p, sizeof(T) * static_cast<size_t>(count >= lanes ? lanes : count));
+  std::memcpy(whole, p, sizeof(T) * static_cast<size_t>(count));
   return load(whole);
 }
 inline void store(float* p, Vec a, int64_t count) { std::memcpy(p, &a, sizeof(float) * static_cast<size_t>(count >= lanes ? lanes : count)); }

@@ -5,7 +5,7 @@ nothing. Invariant: a request that passes can finish when it is alone, so nothin
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from octavo.config import EngineConfig
 from octavo.errors import RequestError
@@ -78,7 +78,9 @@ def _check_length(request: EngineRequest, config: EngineConfig, info: GroupInfo)
     return total
 
 
-def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
+    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
+        return  # long prompts are checked without a loop in Python
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError(f"{name} must hold token ids from 0 to {vocab_size - 1}, got {token!r:.200}.", name)

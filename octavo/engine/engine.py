@@ -186,6 +186,9 @@ class Engine:
     def _collect(self, record: StepRecord, pending: Pending) -> None:
         try:
             result = pending.result()
+            if result.step != record.step or len(result.tokens) != len(record.sample_rows):
+                raise RuntimeError(f"the result of step {result.step} with {len(result.tokens)} tokens arrived where step "
+                                   f"{record.step} with {len(record.sample_rows)} is due.")
         except Exception as error:
             fail_step(self._state, record, error)
             if self._in_flight is not None:  # planned on top of what has not happened

@@ -107,13 +107,12 @@ class Sequence:
         row: while RUNNING, else -1. announced: the workers know of the row.
         tokens: known tokens while it has no row. digests: of the full blocks of its tokens, as far as needed.
         host_blocks, computed: while swapped, its blocks in host memory and how many tokens' KV they hold.
-        in_flight: it left its row while a step was under way that computes for it; its result is still awaited.
         logprobs: of its generated tokens where asked for. cumulative: their sum where wanted.
         streamed: (request id, index), what names it in a StepOutput.
     """
 
     __slots__ = (
-        "announced", "computed", "cumulative", "digests", "host_blocks", "in_flight", "index", "logprobs", "request", "row",
+        "announced", "computed", "cumulative", "digests", "host_blocks", "index", "logprobs", "request", "row",
         "status", "streamed", "tokens")
 
     def __init__(self, request: Request, index: int, tokens: Int32 | None = None, digests: list[bytes] | None = None) -> None:
@@ -125,7 +124,6 @@ class Sequence:
         self.digests: list[bytes] = [] if digests is None else digests
         self.host_blocks: list[int] = []
         self.computed = 0
-        self.in_flight = False
         self.logprobs: list[TokenLogprobs] | None = [] if request.params.logprobs is not None and not request.stream else None
         self.cumulative = 0.0
         self.streamed = (request.id, index)

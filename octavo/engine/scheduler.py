@@ -1,12 +1,13 @@
 """Scheduler: who computes which tokens now. ``schedule`` turns the state into a StepPlan.
 
-Owns the order of work in a step (rows that decode, prompts under way, admission from the queue) and the token budget; it
-does not know tensors, text or time. There is no prefill phase and no decode phase: a row has tokens without KV, computes
-some of them, and samples when it has computed all. Rows with one such token are planned by vectorised numpy; Python touches
-those that need a block, start, or compute a chunk.
+Owns the order of work in a step (rows that decode, prompts under way, admission from the queue) and the token budget;
+it does not know tensors, text or time. There is no prefill phase and no decode phase: a row has tokens without KV,
+computes some of them, and samples when it has computed all. Rows with one such token are planned by vectorised numpy;
+Python touches those that need a block, start, or compute a chunk.
 
-Invariant: a step computes at most ``max_num_batched_tokens`` tokens, each row's tokens in order without a gap; all preemption
-of a step happens before its first block is given out, so a plan never moves a block that it also hands to somebody.
+Invariant: a step computes at most ``max_num_batched_tokens`` tokens, each row's tokens in order without a gap; all
+preemption of a step happens before its first block is given out, so a plan never moves a block that it also hands to
+somebody.
 """
 
 import math
@@ -14,53 +15,20 @@ from collections import Counter
 
 import numpy as np
 
+from octavo.engine.assembly import NO_INTS, NO_ROWS, Assembly, Draft
 from octavo.engine.preempt import Preemption
 from octavo.engine.request import Request, Sequence
-from octavo.engine.rows import DECODE, DRAIN, HOST, PREFILL, Index, RowTable
+from octavo.engine.rows import DECODE, DRAIN, HOST, PREFILL, Index
 from octavo.engine.state import EngineState, StepRecord
-from octavo.plan import Int32, NewRow, StepPlan, checksum
+from octavo.plan import Int32, StepPlan
 
 MIXED_PROMPT_TOKENS = 512
-"""Most prompt tokens of a step in which others decode: near the knee of the GEMMs a step takes little longer than one that
-only decodes. When nobody decodes, the whole budget goes to prompts."""
+"""Most prompt tokens of a step in which others decode: near the knee of the GEMMs a step takes little longer than one
+that only decodes. When nobody decodes, the whole budget goes to prompts."""
 
 HEADROOM_ROWS = 4
-"""Admission leaves a free block for every fourth running row: a row needs one every block_size steps, so a newcomer is not
-preempted at once for the growth of those that run already."""
-
-_NO_ROWS = np.empty(0, np.intp)
-_NONE = np.empty(0, np.int32)
-_NO_PAIRS = np.empty((0, 2), np.int32)
-
-
-def _ints(values: list[int]) -> Int32:
-    return np.array(values, np.int32) if values else _NONE
-
-
-def _pairs(values: list[tuple[int, int]]) -> Int32:
-    return np.array(values, np.int32) if values else _NO_PAIRS
-
-
-class _Draft:
-    """The parts of a plan that are gathered one row at a time."""
-
-    __slots__ = (
-        "append_blocks", "append_index", "append_rows", "budget", "copies", "counts", "growing", "mixed", "rows",
-        "sample_from", "sample_pos", "sample_rows", "starts", "swap_in")
-
-    def __init__(self, budget: int, mixed: bool) -> None:
-        self.budget, self.mixed = budget, mixed
-        self.rows: list[int] = []
-        self.starts: list[int] = []
-        self.counts: list[int] = []
-        self.sample_rows: list[int] = []
-        self.sample_from: list[int] = []
-        self.sample_pos: list[int] = []
-        self.copies: list[tuple[int, int]] = []
-        self.swap_in: list[tuple[int, int]] = []
-        self.append_rows = self.append_index = self.append_blocks = _NONE
-        self.growing = 0
-
+"""Admission leaves a free block for every fourth running row: a row needs one every block_size steps, so a newcomer is
+not preempted at once for the growth of those that run already."""
 
 class Scheduler:
     """Makes plans.
@@ -73,18 +41,16 @@ class Scheduler:
         self.state = state
         self.preemption = Preemption(state)
         self.record: StepRecord | None = None
-        self._epoch, self._step = epoch, 0
-        self._decoding: Index = _NO_ROWS
-        self._decoding32: Int32 = _NONE
-        self._counter = np.arange(state.table.num_rows, dtype=np.int32)
-        self._ones = np.ones(state.table.num_rows, np.int32)
+        self._assembly = Assembly(state, epoch)
+        self._decoding: Index = NO_ROWS
+        self._decoding32: Int32 = NO_INTS
 
     def schedule(self) -> StepPlan | None:
         """The next plan, and its ``record``; None when there is nothing to compute before the step under way ends."""
         state = self.state
         state.release_host()
         preempted, rows, growing, starts = self._make_room()
-        draft = _Draft(state.info.max_num_batched_tokens - len(rows), len(rows) > 0)
+        draft = Draft(state.info.max_num_batched_tokens - len(rows), len(rows) > 0)
         assert draft.budget >= 0, "more rows decode than max_num_batched_tokens"
         if state.forked:
             self._copy_on_write(rows, draft)
@@ -93,13 +59,15 @@ class Scheduler:
         samples = self._advance(rows, starts)
         if state.prefilling:
             self._continue_prompts(draft, len(rows))
-        if not preempted:
+        if not preempted:  # a victim's last token may be under way: it does not come back before it has got it
             self._admit(draft, len(rows))
             if not len(rows) and not draft.rows and state.pending is None and state.queue.head() is not None:
                 self._unblock(draft)
         if not len(rows) and not draft.rows:
             return None
-        return self._finish_plan(rows, starts, samples, draft)
+        rows32 = self._decoding32 if rows is self._decoding else rows.astype(np.int32)
+        plan, self.record = self._assembly.build(rows, rows32, starts, samples, draft)
+        return plan
 
     # -- rows that decode ----------------------------------------------------------------------------------------------
 
@@ -149,7 +117,7 @@ class Scheduler:
         refs = state.pool.refs
         return sum(min(count, refs[block] - 1) for block, count in writers.items())
 
-    def _copy_on_write(self, rows: Index, draft: _Draft) -> None:
+    def _copy_on_write(self, rows: Index, draft: Draft) -> None:
         """Give forked rows that write now a block of their own, unless they are the last that hold it."""
         state, table, pool = self.state, self.state.table, self.state.pool
         appended: list[tuple[int, int, int]] = []
@@ -170,9 +138,9 @@ class Scheduler:
                 if owner.announced:
                     appended.append((row, index, own))
         if appended:
-            draft.append_rows, draft.append_index, draft.append_blocks = np.array(appended, np.int32).T.copy()
+            draft.append(*np.array(appended, np.int32).T.copy())
 
-    def _grow(self, rows: Index, draft: _Draft) -> None:
+    def _grow(self, rows: Index, draft: Draft) -> None:
         """Append a block to each of ``rows``."""
         state, table = self.state, self.state.table
         blocks = np.array(state.pool.take(len(rows)), np.int32)
@@ -184,10 +152,7 @@ class Scheduler:
         if state.fresh:  # a beam that is announced in this plan brings its block along
             known = np.array([s.announced for r in rows.tolist() if (s := state.sequences[r]) is not None], np.bool_)
             rows32, index, blocks = rows32[known], index[known], blocks[known]
-        if draft.append_rows.size:
-            rows32 = np.concatenate((draft.append_rows, rows32))
-            index, blocks = np.concatenate((draft.append_index, index)), np.concatenate((draft.append_blocks, blocks))
-        draft.append_rows, draft.append_index, draft.append_blocks = rows32, index, blocks
+        draft.append(rows32, index, blocks)
 
     def _advance(self, rows: Index, starts: Int32) -> Int32:
         """Move the lengths of ``rows`` past this step; returns the places of the tokens they sample."""
@@ -207,7 +172,7 @@ class Scheduler:
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
-    def _continue_prompts(self, draft: _Draft, num_decodes: int) -> None:
+    def _continue_prompts(self, draft: Draft, num_decodes: int) -> None:
         for sequence in list(self.state.prefilling):
             row = sequence.row
             remaining = int(self.state.table.length[row]) - int(self.state.table.computed[row])
@@ -216,7 +181,7 @@ class Scheduler:
                 break
             self._compute(sequence, chunk, remaining, draft, num_decodes)
 
-    def _chunk(self, computed: int, remaining: int, draft: _Draft) -> int:
+    def _chunk(self, computed: int, remaining: int, draft: Draft) -> int:
         """Tokens of one prompt in this step; 0 when it has to wait."""
         state = self.state
         config, budget = state.config, draft.budget
@@ -234,15 +199,12 @@ class Scheduler:
             chunk = aligned - computed if aligned > computed else chunk
         return chunk
 
-    def _compute(self, sequence: Sequence, chunk: int, remaining: int, draft: _Draft, num_decodes: int) -> None:
+    def _compute(self, sequence: Sequence, chunk: int, remaining: int, draft: Draft, num_decodes: int) -> None:
         """Plan ``chunk`` of the ``remaining`` tokens of a row, and its sampling when that is all."""
         table, row, request = self.state.table, sequence.row, sequence.request
         start = int(table.computed[row])
         source = num_decodes + len(draft.rows)
-        draft.rows.append(row)
-        draft.starts.append(start)
-        draft.counts.append(chunk)
-        draft.budget -= chunk
+        draft.compute(row, start, chunk)
         table.computed[row] = start + chunk
         if chunk < remaining:
             if table.state[row] == PREFILL and sequence not in self.state.prefilling:
@@ -254,12 +216,10 @@ class Scheduler:
         if not request.spawned and request.beams is None:
             self._spawn(sequence, source, draft)
 
-    def _sample(self, sequence: Sequence, source: int, position: int, draft: _Draft) -> None:
+    def _sample(self, sequence: Sequence, source: int, position: int, draft: Draft) -> None:
         """Let a row sample from the last logits of entry ``source`` of the plan; from now on it decodes."""
         state, table, row = self.state, self.state.table, sequence.row
-        draft.sample_rows.append(row)
-        draft.sample_from.append(source)
-        draft.sample_pos.append(position)
+        draft.sample(row, source, position)
         request = sequence.request
         if request.beams is not None:
             table.state[row] = HOST
@@ -271,7 +231,7 @@ class Scheduler:
             table.state[row] = HOST if request.host_bound else DECODE
         state.changed = True
 
-    def _spawn(self, leader: Sequence, source: int, draft: _Draft) -> None:
+    def _spawn(self, leader: Sequence, source: int, draft: Draft) -> None:
         """The prompt of n continuations is computed: those for which there is a row sample from the same logits."""
         state, request = self.state, leader.request
         request.spawned = True
@@ -287,17 +247,17 @@ class Scheduler:
 
     # -- admission -----------------------------------------------------------------------------------------------------
 
-    def _admit(self, draft: _Draft, num_decodes: int, *, headroom: bool = True) -> None:
+    def _admit(self, draft: Draft, num_decodes: int, *, headroom: bool = True) -> None:
         """Start waiting sequences in their order; the first that does not fit ends admission, so nobody is passed."""
         state = self.state
         while draft.budget > 0:
             head = state.queue.head()
-            if head is None or head.in_flight or not state.row_is_free(head.request):
+            if head is None or not state.row_is_free(head.request):
                 return
             if not self._start(head, draft, num_decodes, headroom):
                 return
 
-    def _start(self, sequence: Sequence, draft: _Draft, num_decodes: int, headroom: bool) -> bool:
+    def _start(self, sequence: Sequence, draft: Draft, num_decodes: int, headroom: bool) -> bool:
         """Give the head of the queue a row, blocks for all its tokens and its first chunk; False when it must wait."""
         state, request, size = self.state, sequence.request, self.state.block_size
         pool, tokens = state.pool, sequence.tokens
@@ -363,7 +323,7 @@ class Scheduler:
             stats.prefix_hits += cached
             self.state.out.started.append((request.id, cached))
 
-    def _unblock(self, draft: _Draft) -> None:
+    def _unblock(self, draft: Draft) -> None:
         """Nothing can be computed though somebody waits: beams hold rows or blocks while another beam waits for them.
 
         The youngest give way until the head of the queue fits; a head that does not fit into an empty pool is a bug.
@@ -378,67 +338,3 @@ class Scheduler:
                 return
             self.preemption.preempt(victim)
             self._admit(draft, 0, headroom=False)
-
-    # -- the plan ------------------------------------------------------------------------------------------------------
-
-    def _finish_plan(self, rows: Index, starts: Int32, samples: Int32, draft: _Draft) -> StepPlan:
-        state, table, num = self.state, self.state.table, len(rows)
-        rows32 = self._decoding32 if rows is self._decoding else rows.astype(np.int32)
-        generations = table.generation.take(rows)
-        sample_rows, sample_rows32, sample_generations, ends = rows, rows32, generations, samples
-        counts, sample_from = self._ones[:num], self._counter[:num]
-        if draft.rows:
-            more = np.array(draft.rows, np.intp)
-            begins, lengths = _ints(draft.starts), _ints(draft.counts)
-            sampling = np.array(draft.sample_rows, np.intp)
-            sample_rows = np.concatenate((rows, sampling))
-            sample_from = np.concatenate((sample_from, _ints(draft.sample_from)))
-            samples = np.concatenate((samples, _ints(draft.sample_pos)))
-            rows, starts = np.concatenate((rows, more)), np.concatenate((starts, begins))
-            counts, ends = np.concatenate((counts, lengths)), np.concatenate((ends, begins + lengths))
-            rows32, sample_rows32 = rows.astype(np.int32), sample_rows.astype(np.int32)
-            generations, sample_generations = table.generation.take(rows), table.generation.take(sample_rows)
-        record = StepRecord(
-            self._step, rows, generations, ends, sample_rows, sample_generations, num, sum(draft.counts))
-        swap_out, new = _NO_PAIRS, []
-        if state.swap_out or draft.swap_in:
-            swap_out = _pairs(state.swap_out)
-            record.swapped, record.swapped_bytes = state.swapping, state.info.block_bytes * (
-                len(state.swap_out) + len(draft.swap_in))
-            state.swap_out, state.swapping = [], []
-        if state.fresh:
-            new = [self._new_row(sequence, record, starts) for sequence in state.fresh]
-            state.fresh = []
-        forced_rows = forced_tokens = _NONE
-        if state.forced:
-            forced_rows = _ints([sequence.row for sequence, _ in state.forced])
-            forced_tokens = _ints([token for _, token in state.forced])
-            state.forced = []
-        plan = StepPlan(
-            epoch=self._epoch, step=self._step, rows=rows32, starts=starts, counts=counts, sample_rows=sample_rows32,
-            sample_from=sample_from, sample_pos=samples, sample_generations=sample_generations, new=new,
-            ended=_ints(state.ended), append_rows=draft.append_rows, append_index=draft.append_index,
-            append_blocks=draft.append_blocks, forced_rows=forced_rows, forced_tokens=forced_tokens,
-            copies=_pairs(draft.copies), swap_out=swap_out, swap_in=_pairs(draft.swap_in))
-        state.ended = []
-        if state.config.debug_checksums:
-            record.checksum = _checksum(table)
-        self._step += 1
-        self.record = record
-        return plan
-
-    def _new_row(self, sequence: Sequence, record: StepRecord, starts: Int32) -> NewRow:
-        table, row, request = self.state.table, sequence.row, sequence.request
-        sequence.announced = True
-        generation = int(table.generation[row])
-        if request.params.logits_processors:
-            record.processors.append((row, generation, tuple(request.params.logits_processors)))
-        at = np.flatnonzero(record.rows == row)
-        start = int(starts[at[0]]) if at.size else int(table.computed[row])
-        tokens: Int32 = table.tokens[row, : int(table.known[row])].copy()
-        return NewRow(row, generation, tokens, request.num_prompt, start, table.table(row), request.sampling(sequence.index))
-
-
-def _checksum(table: RowTable) -> int:
-    live = np.flatnonzero(table.state != 0)
-    return checksum(live.astype(np.int32), table.length[live], [table.table(row) for row in live.tolist()])

@@ -50,6 +50,11 @@ class StepRecord:
     processors: list[tuple[int, int, tuple[LogitsProcessor, ...]]] = field(default_factory=list)
     checksum: int | None = None
 
+    def involves(self, row: int, generation: int) -> bool:
+        """True when this owner of the row computes or samples in the step."""
+        return bool(((self.rows == row) & (self.generations == generation)).any()
+                    or ((self.sample_rows == row) & (self.sample_generations == generation)).any())
+
 
 class EngineState:
     """The state of one engine.
@@ -170,11 +175,8 @@ class EngineState:
         """Take a running sequence out of its row and back into the queue, with what it knows."""
         row, pending = sequence.row, self.pending
         generation = int(self.table.generation[row])
-        if pending is not None and (
-                ((pending.rows == row) & (pending.generations == generation)).any()
-                or ((pending.sample_rows == row) & (pending.sample_generations == generation)).any()):
+        if pending is not None and pending.involves(row, generation):
             self.departed[row, generation] = sequence
-            sequence.in_flight = True
         sequence.tokens = self.table.known_tokens(row)
         self.leave(sequence)
         sequence.status = Status.WAITING
@@ -187,9 +189,8 @@ class EngineState:
         elif sequence.status is Status.WAITING:
             self.host_release.extend(sequence.host_blocks)
             sequence.host_blocks = []
-            if sequence.in_flight:
+            if self.departed:
                 self.departed = {key: other for key, other in self.departed.items() if other is not sequence}
-                sequence.in_flight = False
         waited = sequence.status is Status.WAITING
         sequence.status, sequence.tokens = Status.ENDED, None
         if waited:
@@ -285,8 +286,7 @@ class EngineState:
         assert len(waiting) == len(set(map(id, waiting))) == len(self.queue)
         alive = [s for r in self.requests.values() for s in r.sequences if s.status is not Status.ENDED]
         assert {id(s) for s in alive} == {id(s) for s in waiting} | {id(s) for s in self.sequences if s is not None}
-        assert all(s.in_flight for s in self.departed.values())
-        assert {id(s) for s in alive if s.in_flight} == {id(s) for s in self.departed.values()}
+        assert not self.departed, "a result came and its departed sequences did not get it"
         for sequence in self.prefilling:
             assert table.state[sequence.row] == PREFILL and sequence.status is Status.RUNNING
         assert self.num_host_rows == sum(s is not None and s.request.host_bound for s in self.sequences)

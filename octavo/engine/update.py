@@ -67,15 +67,14 @@ def fail_step(state: EngineState, record: StepRecord, error: BaseException) -> N
             owner = state.sequences[row]
             assert owner is not None
             hit[id(owner.request)] = owner.request
-    for sequence in state.departed.values():
-        hit[id(sequence.request)] = sequence.request
+    for (row, generation), sequence in list(state.departed.items()):
+        if record.involves(row, generation):
+            del state.departed[row, generation]
+            hit[id(sequence.request)] = sequence.request
     for sequence in record.swapped:  # the copy in host memory may be missing: its blocks are computed again
         if sequence.status is Status.WAITING:
             state.host_release += sequence.host_blocks
             sequence.host_blocks, sequence.computed = [], 0
-    for sequence in state.departed.values():
-        sequence.in_flight = False
-    state.departed = {}
     for request in hit.values():
         if request.id in state.requests:
             state.end_request(request, "error", message)
@@ -168,7 +167,6 @@ def _stream(state: EngineState, rows: Index, tokens: Int32, marks: Marks) -> Non
 
 def _append_apart(state: EngineState, sequence: Sequence, token: int, marks: Marks) -> None:
     """The token of a step that was under way when its sequence left the row."""
-    sequence.in_flight = False
     if token < 0:
         return
     assert sequence.tokens is not None

@@ -203,8 +203,6 @@ class _Cursor:
             raise self.error(f"{key} is an array of arrays, which is not supported")
         if kind != _STRING:
             return self.numbers(kind, count, key)
-        if count * 8 > self.end - self.at:
-            raise self.error(f"it is truncated, {key} has {count} strings")
         return self.strings(count, key)
 
     def strings(self, count: int, key: str) -> list[str]:

@@ -149,7 +149,6 @@ def _rope_scaling(k: _Keys, config: Config) -> Config | None:
         for name in names.values():
             k.rows(name)
         original = k.integer("rope.scaling.original_context_length")
-        config["original_max_position_embeddings"] = original
         found: Config = {"rope_type": "longrope", "original_max_position_embeddings": original}
         if k.has("rope.scaling.attn_factor"):
             found["attention_factor"] = k.number("rope.scaling.attn_factor")

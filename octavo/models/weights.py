@@ -8,6 +8,7 @@ work is lost; a tensor is read when it is asked for, through a memory map, and n
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,22 +68,18 @@ def dummy(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Made-up weights for every parameter of a decoder: the same ones in every run, of the scale of trained ones.
 
-    Norms are the identity, biases zero, matrices normal with deviation 0.02. A big matrix repeats one random block, at
-    another offset for each parameter: drawing billions of numbers would take minutes and benchmark nothing.
+    Norms are the identity, biases zero, matrices normal with deviation 0.02. All matrices are views of one buffer that
+    repeats a random block, each from another offset: drawing billions of numbers would take minutes for nothing.
     """
     block = (torch.randn(DUMMY_BLOCK, generator=torch.Generator().manual_seed(0)) * DUMMY_SCALE).to(dtype)
+    buffer = block.repeat(1 + -(-max(map(math.prod, expected.values())) // DUMMY_BLOCK))
     for number, (name, shape) in enumerate(expected.items()):
         if len(shape) == 1:
             value = 1.0 - spec.norm_offset if "norm" in name and name.endswith("weight") else 0.0
             yield name, torch.full(shape, value)
             continue
-        size = shape[0] * shape[1]
         start = number * 7919 % DUMMY_BLOCK
-        if start + size <= DUMMY_BLOCK:
-            yield name, block[start : start + size].view(shape)
-        else:
-            shifted = torch.cat([block[start:], block[:start]])
-            yield name, shifted.repeat(-(-size // DUMMY_BLOCK))[:size].view(shape)
+        yield name, buffer[start : start + math.prod(shape)].view(shape)
 
 
 def _files(folder: Path, whole: str, *patterns: str) -> list[Path]:

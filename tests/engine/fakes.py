@@ -142,12 +142,14 @@ class FakeGroup:
 
     Attributes:
         fail: (step) -> None | "submit" | "result": where a step fails. bad: (tokens of a row) -> True: no finite logits.
+        model: (tokens of a row) -> logprobs [vocab], in place of the mix of numbers.
     """
 
     info: GroupInfo
     asynchronous: bool = False
     fail: Callable[[int], str | None] = lambda step: None
     bad: Callable[[list[int]], bool] = lambda tokens: False
+    model: Callable[[list[int]], np.ndarray] | None = None
     rows: dict[int, Row] = field(default_factory=dict)
     plans: Counter[str] = field(default_factory=Counter)
     step: int = 0
@@ -309,7 +311,7 @@ class FakeGroup:
                 if not s.beam:
                     r.tokens.append(0)
                 continue
-            values = logprobs_of(state, self.info.vocab_size)
+            values = logprobs_of(state, self.info.vocab_size) if self.model is None else self.model(r.tokens)
             if s.beam:
                 tokens.append(-1)
                 logprobs.append(self._entry(row, position, [(-1, values)], s.logprobs))

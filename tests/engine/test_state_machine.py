@@ -7,11 +7,13 @@ I9 tokens equal the plain loop's. I1 to I3 are ``Engine.check`` and the FakeGrou
 """
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from fakes import ROOT, Bench, after, kv_of
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from octavo.engine.admission import pool_tokens
 from octavo.engine.cache import root_digest
 from octavo.errors import EngineDead, RequestError
 
@@ -207,6 +209,19 @@ class EngineMachine(RuleBasedStateMachine):
         if not self.dead:
             assert sorted(self.bench.finished) == sorted(self.accepted)
             self.bench.assert_reference()
+            for (name, index), end in self.bench.ends.items():
+                if self.bench.requests[name].params.use_beam_search and end.reason in ("stop", "length"):
+                    assert alone(self.bench, name)[index] == (end.token_ids, end.reason, end.cumulative_logprob)
+
+
+def alone(bench, name):
+    """The beams of a request when it has a big engine for itself, by rank."""
+    request, quiet = bench.requests[name], Bench(max_model_len=72, check=False)
+    limit = pool_tokens(request, bench.group.info) if request.params.max_tokens is None else 10**6
+    most = request.params.max_tokens or min(72, limit) - len(request.prompt_token_ids)
+    quiet.engine.add(msgspec.structs.replace(request, params=request.params.clone(max_tokens=most), priority=0))
+    quiet.run()
+    return {end.index: (end.token_ids, end.reason, end.cumulative_logprob) for end in quiet.ends.values()}
 
 
 TestEngineMachine = EngineMachine.TestCase

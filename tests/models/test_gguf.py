@@ -318,7 +318,9 @@ def test_an_alignment_of_one_is_legal(tmp_path: Path) -> None:
     head = head.rstrip(b"\0") + bytes(8)  # the offset ends in zeros, too: take them all off, then put its own back
     end = head.rindex(b"t") + 1 + struct.calcsize("<I") + 8 + 4 + 8
     path.write_bytes(head[:end] + b"\0" + struct.pack("<2f", 1.5, -2.5))
-    assert GgufFile(path).read("t").tolist() == [1.5, -2.5]
+    found = GgufFile(path).read("t")
+    assert found.tolist() == [1.5, -2.5]
+    assert found.data_ptr() % 4 == 0
 
 
 def test_a_folder_and_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_the_first_known_architecture_counts() -> None:
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"head_dim": 7}, "dims rotate"),
         ({"rope_theta": -1.0}, "rope base"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"is quantised \(gptq\)"),
         ({"vocab_size": -5}, "vocab_size"),
     ],
 )

@@ -130,9 +130,11 @@ def test_a_shard_that_is_missing(tmp_path: Path) -> None:
 )
 def test_an_index_that_is_no_index(index: str, tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "x")
-    (tmp_path / "model.safetensors.index.json").write_text(index, encoding="latin-1")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(index, encoding="latin-1")
     with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json"):
-        open_folder(tmp_path)
+        open_folder(folder)
 
 
 def test_two_files_with_the_same_tensor(tmp_path: Path) -> None:
