@@ -271,7 +271,8 @@ class Scheduler:
         computed, swapped = len(blocks) * size, 0
         if sequence.computed > computed:
             swapped = math.ceil(sequence.computed / size)
-            computed = min(sequence.computed, total - 1)
+            computed = sequence.computed
+            assert computed < total, "a swapped sequence has a token that was not computed yet"
         chunk = self._chunk(computed, total - computed, draft)
         spare = state.num_running // HEADROOM_ROWS if headroom else 0
         if chunk == 0 or fresh + spare + pool.num_idle(blocks) > pool.num_available:

@@ -32,7 +32,9 @@ def config_of(file: GgufFile) -> Config:
     keys = _Keys(file, name)
     if keys.integer("expert_count", 0):
         raise keys.error("expert_count", f"is {keys.integer('expert_count')}, experts are not supported")
-    return {"architectures": [architecture], **make(keys), **_tokens(file.metadata)}
+    # A file of nothing but float32 is meant to be computed so; everything else has been rounded already.
+    stored = {"torch_dtype": "float32"} if {t.type for t in file.tensors.values()} == {"F32"} else {}
+    return {"architectures": [architecture], **stored, **make(keys), **_tokens(file.metadata)}
 
 
 class _Keys:

@@ -5,6 +5,7 @@ Invariant: a pre-tokeniser is used by its name or refused by its name, never gue
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 from octavo.errors import ModelError
 from octavo.log import get_logger
 from octavo.text.facts import TokenizerFacts, frame
+from octavo.text.vocab_cache import WORTH_KEEPING, cached, key_of
 
 logger = get_logger(__name__)
 
@@ -60,17 +62,23 @@ TEMPLATE_VARIABLES = {
 }  # "seperator" is how the format spells it
 
 
-def vocabulary_from_gguf(metadata: Mapping[str, Any], origin: str = "GGUF file") -> tuple[Backend, TokenizerFacts]:
+def vocabulary_from_gguf(
+    metadata: Mapping[str, Any], origin: str = "GGUF file", cache: Path | None = None
+) -> tuple[Backend, TokenizerFacts]:
     """Build the tokenizer that a GGUF file describes. About 0.1 s for 50,000 tokens.
 
     Args:
         metadata: key -> value; arrays may be lists or numpy arrays.
         origin: name of the file, for messages.
+        cache: folder that keeps built vocabularies of WORTH_KEEPING tokens and more.
 
     Raises:
         ModelError: a key is missing or contradicts another, or a tokenizer model or pre-tokeniser is not known.
     """
-    return _Builder(metadata, origin).build()
+    builder = _Builder(metadata, origin)
+    if cache is None or len(builder.tokens) < WORTH_KEEPING:
+        return builder.build(), builder.facts()
+    return cached(cache, key_of(metadata), builder.build), builder.facts()
 
 
 class _Builder:
@@ -119,7 +127,7 @@ class _Builder:
             raise self.error(f"tokenizer.ggml.{name}_token_id {value} is beyond the {len(self.tokens)} tokens")
         return int(value)
 
-    def build(self) -> tuple[Backend, TokenizerFacts]:
+    def build(self) -> Backend:
         backend = self.byte_level() if self.kind == "gpt2" else self.sentencepiece()
         kinds = {CONTROL: True, UNKNOWN: True, USER_DEFINED: False}
         backend.add_tokens([
@@ -127,7 +135,10 @@ class _Builder:
             for token, kind in zip(self.tokens, self.types, strict=True) if kind in kinds
         ])
         self.add_frame(backend)
-        facts = TokenizerFacts(
+        return backend
+
+    def facts(self) -> TokenizerFacts:
+        return TokenizerFacts(
             special_tokens={
                 variable: self.tokens[token] for variable, name in TEMPLATE_VARIABLES.items()
                 if (token := self.ids[name]) is not None
@@ -135,7 +146,6 @@ class _Builder:
             bos_token_id=self.ids["bos"],
             eos_token_ids=tuple(t for name in ("eos", "eot", "eom") if (t := self.ids[name]) is not None),
             chat_templates=self.templates(), origin=self.origin)
-        return backend, facts
 
     def templates(self) -> dict[str, str]:
         start = "tokenizer.chat_template"

@@ -11,6 +11,7 @@ from pathlib import Path
 from octavo.config import EngineConfig
 from octavo.errors import ModelError
 from octavo.models.gguf import GgufFile
+from octavo.models.hub import PINNED, cache_dir, resolve
 from octavo.models.source import ModelSource
 from octavo.text.folder_vocab import FILES, vocabulary_from_folder
 from octavo.text.gguf_vocab import vocabulary_from_gguf
@@ -29,7 +30,7 @@ def load_tokenizer(source: ModelSource, config: EngineConfig) -> Tokenizer:
     """
     path = source.path if config.tokenizer is None else _locate(config.tokenizer, config)
     if path.is_file():
-        backend, facts = vocabulary_from_gguf(GgufFile(path).metadata, str(path))
+        backend, facts = vocabulary_from_gguf(GgufFile(path).metadata, str(path), cache_dir() / "tokenizers")
     else:
         backend, facts = vocabulary_from_folder(path)
     ends = source.generation_config.get("eos_token_id")
@@ -43,6 +44,8 @@ def _locate(name: str, config: EngineConfig) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
+    if name in PINNED:
+        return resolve(config.replace(model=name)).path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"tokenizer {name!r:.200} is not a folder or file on this machine.", "tokenizer")
     from huggingface_hub import snapshot_download

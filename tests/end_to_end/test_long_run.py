@@ -29,8 +29,8 @@ def test_two_thousand_requests(tiny: Path, ahead: bool) -> None:
     shared = [rng.randrange(3, 211) for _ in range(40)]
     done: dict[str, list[str | None]] = {}
     aborted, sent, memory = set(), 0, []
-    while sent < 1000 or engine.has_unfinished_requests():
-        while sent < 1000 and engine.get_num_unfinished_requests() < 40:
+    while sent < 2000 or engine.has_unfinished_requests():
+        while sent < 2000 and engine.get_num_unfinished_requests() < 40:
             prompt = shared[: rng.randint(0, 40)] + [rng.randrange(3, 211) for _ in range(rng.randint(1, 40))]
             params = SamplingParams(
                 temperature=rng.choice([0.0, 1.0]), n=rng.choice([1, 1, 1, 2, 3]), max_tokens=rng.randint(1, 48), seed=sent
@@ -48,7 +48,7 @@ def test_two_thousand_requests(tiny: Path, ahead: bool) -> None:
                 aborted.add(victim)
         if sent % 100 == 0:
             memory.append(psutil.Process().memory_info().rss)
-    assert set(done) | aborted == {str(i) for i in range(1000)}
+    assert set(done) | aborted == {str(i) for i in range(2000)}
     assert all(reason in ("stop", "length") for name, reasons in done.items() for reason in reasons if name not in aborted)
     stats = engine.engine.stats
     engine.step()  # with overlap, the last step's result is still to be collected

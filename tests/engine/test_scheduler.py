@@ -251,3 +251,15 @@ def test_more_stop_ids_than_columns():
     bench.assert_reference()
     assert bench.ends["a", 0].reason == "stop"
     assert bench.ends["a", 0].stop_token == stops[-1] == bench.tokens("a")[-1]
+
+
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_a_token_that_is_under_way_while_its_row_is_taken_is_not_lost(mode):
+    bench = Bench(blocks=10, host_blocks=20, rows=3, preemption_mode=mode, overlap=True, max_model_len=80)
+    plans = watch(bench)
+    for i in range(3):
+        bench.add(f"r{i}", prompt(i, 9), max_tokens=40, eos=())
+    bench.run()
+    stats = bench.engine.stats
+    assert stats.preempted_recompute + stats.preempted_swap > 0
+    assert sum(len(plan.sample_rows) for plan in plans) == 3 * 40 == stats.generated_tokens  # each was sampled once
