@@ -1,7 +1,13 @@
-"""What holds for every test: commands configure logging for their process, and a test leaves no trace of that."""
+"""What holds for every test: two threads, and a logger that is as it was before.
+
+Two threads, because a pool with more threads than free cores waits for its slowest one at every operator.
+"""
 
 import logging
+import os
 from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # read when torch is first imported, here and in child processes
 
 import pytest
 

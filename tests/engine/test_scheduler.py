@@ -263,3 +263,60 @@ def test_a_token_that_is_under_way_while_its_row_is_taken_is_not_lost(mode):
     stats = bench.engine.stats
     assert stats.preempted_recompute + stats.preempted_swap > 0
     assert sum(len(plan.sample_rows) for plan in plans) == 3 * 40 == stats.generated_tokens  # each was sampled once
+
+
+def test_a_newcomer_leaves_room_for_the_growth_of_those_that_run():
+    for length, waits in ((24, False), (32, True)):
+        bench = Bench(blocks=12, rows=9, enable_prefix_caching=False)
+        for i in range(4):
+            bench.add(f"r{i}", prompt(i, 9), max_tokens=5, eos=())
+        bench.step()
+        assert bench.state.num_running == 4 and bench.state.pool.num_available == 4
+        bench.add("new", prompt(9, length), max_tokens=3, eos=())  # three blocks, or all four that are left
+        bench.step()
+        assert ("new" not in bench.started) == waits
+        bench.run()
+        bench.assert_reference()
+
+
+def test_headroom_does_not_keep_the_last_beam_from_its_siblings():
+    bench = Bench(blocks=11, rows=5, enable_prefix_caching=False)
+    bench.add("a", prompt(1, 9), n=5, use_beam_search=True, max_tokens=7, eos=())
+    for _ in range(3):
+        bench.step()
+    bench.engine._scheduler.preemption.preempt(bench.state.sequences[0])
+    held = bench.state.pool.take(5)  # the prompt's block and one for each beam are left
+    bench.checks = False
+    for _ in range(12):
+        bench.step()
+    assert bench.finished == ["a"]
+    bench.state.pool.release(held)
+    bench.idle()
+
+
+def test_searches_that_wait_for_each_other_the_younger_gives_way():
+    answers = []
+    for disturbed in (False, True):
+        bench = Bench(blocks=40, rows=8, check=False)
+        for name in "ab":
+            bench.add(name, prompt(ord(name), 17), n=3, use_beam_search=True, max_tokens=6, eos=())
+        for _ in range(3):
+            bench.step()
+        if disturbed:  # each search has lost one beam, and there is no block left for either
+            preemption, state = bench.engine._scheduler.preemption, bench.state
+            for name in "ab":
+                request = state.requests[name]
+                preemption._park(request.sequences[1])
+                request.beams.forget_reports()
+            held = state.pool.take(state.pool.num_available)
+            for sequence in state.sequences:  # what is left of them has reported and waits for the lost ones
+                if sequence is not None:
+                    state.table.computed[sequence.row] = state.table.length[sequence.row]
+            before = bench.engine.stats.preempted_recompute
+            bench.step()
+            assert bench.engine.stats.preempted_recompute == before + 2  # the two beams of the younger one
+            assert not any(s is not None and s.request.id == "b" for s in state.sequences)
+            state.pool.release(held)
+            continue
+        bench.run()
+        answers.append(bench.ends)

@@ -183,3 +183,17 @@ def test_seeds_come_from_the_engine_in_order_and_the_request_id_never_enters():
     other.add("a", prompt(0, 9), temperature=1.0, max_tokens=9, eos=())
     other.run()
     assert other.tokens("a") != runs[0][0]
+
+
+def test_prompt_logprobs_that_were_sent_before_a_preemption_are_not_sent_again():
+    bench = Bench(long_prefill_token_threshold=7, preemption_mode="recompute")
+    bench.add("a", prompt(2, 40), max_tokens=3, prompt_logprobs=1)
+    for _ in range(3):
+        bench.step()
+    assert 0 < len(bench.prompt_logprobs["a"]) < 39
+    bench.engine._scheduler.preemption.preempt(bench.state.sequences[0])
+    bench.run()
+    tokens = bench.requests["a"].prompt_token_ids
+    assert len(bench.prompt_logprobs["a"]) == 39
+    for i, mark in enumerate(bench.prompt_logprobs["a"], 1):
+        check_mark(mark, tokens[:i], tokens[i], 1)
