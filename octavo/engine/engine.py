@@ -114,7 +114,8 @@ class Engine:
                            request.arrival or self._clock())
         self._num_requests += 1
         if request.params.use_beam_search:
-            accepted.beams = Beams(accepted, self._state.info.vocab_size)
+            accepted.beams = Beams(request.params, accepted.end_ids, accepted.stop_set, max_total - accepted.num_prompt,
+                                   self._state.info.vocab_size)
         first = Continuation(accepted, 0)
         accepted.sequences.append(first)
         self._state.requests[accepted.id] = accepted

@@ -3,20 +3,17 @@
 Owns identity, order in time and the state of a sequence while it has no row (its tokens, its host blocks); while it has
 one, the RowTable owns them. It does not know blocks, plans or policies.
 
-Invariant: a sequence is in one of four states. WAITING: in the queue, without a row; with host blocks it is *swapped*.
-RUNNING: owns ``row``. ENDED: reported, holds nothing.
+Invariant: a sequence is in one of three states. WAITING: in the queue, without a row; with host blocks it is
+*swapped*. RUNNING: owns ``row``. ENDED: reported, holds nothing.
 """
 
 import enum
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from octavo.engine.beam import Beams
 from octavo.messages import EngineRequest, TokenLogprobs
 from octavo.plan import Int32, RowSampling
-
-if TYPE_CHECKING:
-    from octavo.engine.beam import Beams
 
 
 class Status(enum.IntEnum):

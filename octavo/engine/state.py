@@ -226,8 +226,8 @@ class EngineState:
             for sequence in request.sequences:
                 if sequence.status is not Status.ENDED:
                     self.drop(sequence)
-            for end in request.beams.leftovers(request, reason, error):
-                self.report(request, end)
+            for rank in range(request.params.n - request.unfinished, request.params.n):
+                self.report(request, SequenceEnd(request.id, rank, reason, error=error))
             return
         if not request.spawned:
             self.spawn_waiting(request)

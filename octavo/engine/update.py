@@ -227,7 +227,7 @@ def _logprobs(state: EngineState, record: StepRecord, found: list[RowLogprobs], 
         beams = sequence.request.beams
         if beams is not None:
             if sequence.row >= 0:  # else it lost its row, and will compute and report again
-                beams.report(sequence, entry)
+                beams.report(sequence.index, entry)
             continue
         sequence.cumulative += float(entry.logprobs[0])
         if sequence.request.params.logprobs is not None:
@@ -273,41 +273,43 @@ def _advance_beams(state: EngineState, record: StepRecord) -> None:
         beams = request.beams
         live = [sequence for sequence in request.sequences if sequence.status is not Status.ENDED]
         assert beams is not None
-        if not beams.ready(live):
+        indices = [sequence.index for sequence in live]
+        if not beams.ready(indices):
             continue
-        survivors = beams.advance(live, [table.output(sequence.row) for sequence in live])
+        survivors = beams.advance(indices, [table.output(sequence.row) for sequence in live])
         if survivors:
             _regroup(state, request, live, survivors)
             state.out.num_generated_tokens += len(survivors)
             continue
         for sequence in live:
             state.drop(sequence)
-        for end in beams.results():
+        for end in beams.results(request.id):
             state.report(request, end)
+        assert request.id not in state.requests, f"{request.id} is over with too few hypotheses"
 
 
 def _regroup(state: EngineState, request: Request, live: list[Sequence], survivors: list[Candidate]) -> None:
     """Give every surviving candidate a row: the first child of a beam stays in it, the others fork."""
     table, beams = state.table, request.beams
     assert beams is not None
-    parents = {id(candidate.parent) for candidate in survivors}
-    for sequence in live:
-        if id(sequence) not in parents:
+    parents = {candidate.parent for candidate in survivors}
+    for place, sequence in enumerate(live):
+        if place not in parents:
             state.drop(sequence)
-    indices = iter(sorted(set(range(request.width)) - {c.parent.index for c in survivors}))
+    indices = iter(sorted(set(range(request.width)) - {live[place].index for place in parents}))
     heirs: list[tuple[Sequence, float]] = []
     stay: list[tuple[Sequence, int]] = []
     seen: set[int] = set()
     for candidate in survivors:
-        sequence = candidate.parent
-        if id(sequence) in seen:
+        sequence = live[candidate.parent]
+        if candidate.parent in seen:
             tokens = np.append(table.known_tokens(sequence.row), np.int32(candidate.token)).astype(np.int32)
             child = Sequence(request, next(indices), tokens, list(sequence.digests))
             state.fork(sequence, child)
             table.state[child.row] = HOST
             sequence = child
         else:
-            seen.add(id(sequence))
+            seen.add(candidate.parent)
             stay.append((sequence, candidate.token))
         heirs.append((sequence, candidate.total))
     for sequence, token in stay:
@@ -317,4 +319,4 @@ def _regroup(state: EngineState, request: Request, live: list[Sequence], survivo
         table.length[row] += 1
         state.forced.append((sequence, token))
     request.sequences = [sequence for sequence, _ in heirs]
-    beams.adopt(heirs)
+    beams.adopt([(sequence.index, total) for sequence, total in heirs])
