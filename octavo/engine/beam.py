@@ -41,7 +41,7 @@ class Candidate:
 
 
 class Beams:
-    """The beam search of one request. A live beam is any object; its identity is its name.
+    """The beam search of one request.
 
     Args:
         params: width, length_penalty, early_stopping. end_ids: end tokens. stop_ids: they and the stop token ids.
@@ -63,19 +63,19 @@ class Beams:
         self._reports: dict[int, RowLogprobs] = {}
         self._totals: dict[int, np.float32] = {}
 
-    def report(self, beam: object, found: RowLogprobs) -> None:
+    def report(self, beam: int, found: RowLogprobs) -> None:
         """Note the best next tokens of a live beam."""
-        self._reports[id(beam)] = found
+        self._reports[beam] = found
 
     def forget_reports(self) -> None:
         """The beams have lost their rows: all will report again."""
         self._reports.clear()
 
-    def ready(self, live: Sequence[object]) -> bool:
+    def ready(self, live: Sequence[int]) -> bool:
         """True when every live beam has reported."""
-        return bool(live) and all(id(beam) in self._reports for beam in live)
+        return bool(live) and all(beam in self._reports for beam in live)
 
-    def advance(self, live: Sequence[object], outputs: list[list[int]]) -> list[Candidate]:
+    def advance(self, live: Sequence[int], outputs: list[list[int]]) -> list[Candidate]:
         """Choose among the reported candidates; an empty list says that the search is over.
 
         Args:
@@ -98,19 +98,19 @@ class Beams:
         self._reports.clear()
         return [] if self._over(survivors, length) else survivors
 
-    def adopt(self, beams: Sequence[tuple[object, float]]) -> None:
+    def adopt(self, beams: Sequence[tuple[int, float]]) -> None:
         """The live beams from now on, with their sums."""
-        self._totals = {id(beam): np.float32(total) for beam, total in beams}
+        self._totals = {beam: np.float32(total) for beam, total in beams}
 
     def results(self, request_id: str) -> list[SequenceEnd]:
         """The n best hypotheses, best first."""
         return [SequenceEnd(request_id, rank, h.reason, h.stop_token, h.tokens, None, h.total)
                 for rank, h in enumerate(self.finished[: self._params.n])]
 
-    def _candidates(self, live: Sequence[object]) -> list[tuple[int, int, np.float32]]:
+    def _candidates(self, live: Sequence[int]) -> list[tuple[int, int, np.float32]]:
         """(beam, token, sum), best first; ties as in a flat [beam * vocab] table, the lower index first."""
         found: list[tuple[int, int, np.float32]] = []
-        for beam, name in enumerate(map(id, live)):
+        for beam, name in enumerate(live):
             report, base = self._reports[name], self._totals.get(name, np.float32(0.0))
             totals = report.top_logprobs[0].astype(np.float32) + base
             found += zip([beam] * len(totals), report.top_tokens[0].tolist(), totals, strict=True)
@@ -118,8 +118,6 @@ class Beams:
         return found[: self._num_kept]
 
     def _finish(self, hypothesis: Hypothesis) -> None:
-        if self._params.early_stopping is True and len(self.finished) == self.width:
-            return
         self.finished.append(hypothesis)
         self.finished.sort(key=lambda h: -h.score)  # stable: the earlier one stays ahead
         del self.finished[self.width :]

@@ -109,3 +109,20 @@ def test_a_search_that_is_aborted_says_so_once():
     assert bench.engine.abort("a")
     bench.run()
     assert {key: end.reason for key, end in bench.ends.items()} == {("a", i): "abort" for i in range(3)}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_equals_generate_on_several_seeds(network, seed):
+    """Many end tokens, so that the pool of finished beams fills early and is fought for."""
+    rng = np.random.default_rng(seed)
+    eos = tuple(sorted(rng.choice(VOCAB, 6, replace=False).tolist()))
+    penalty, early = PENALTIES[seed % len(PENALTIES)]
+    prompt = rng.integers(0, VOCAB, 5).tolist()
+    bench = Bench(block_size=8, max_model_len=64)
+    bench.group.model = logprobs(network)
+    bench.add("a", prompt, eos=eos, n=3, use_beam_search=True, max_tokens=10, length_penalty=penalty, early_stopping=early)
+    bench.run()
+    for rank, (ids, score) in enumerate(theirs(network, prompt, eos, 3, 3, 10, penalty, early)):
+        end = bench.ends["a", rank]
+        assert end.token_ids == ids
+        assert end.cumulative_logprob / len(ids) ** penalty == pytest.approx(score, abs=2e-4)
