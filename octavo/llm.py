@@ -115,7 +115,7 @@ class LLMEngine:
     def abort_request(self, request_id: str | Sequence[str]) -> None:
         """End requests now; unknown and finished ids are no error."""
         for name in [request_id] if isinstance(request_id, str) else request_id:
-            self.engine.abort(name)
+            self.engine.abort(name, report=False)
             self.collector.abort(name)
 
     def has_unfinished_requests(self) -> bool:

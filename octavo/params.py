@@ -16,6 +16,13 @@ MAX_STOP = 16
 MAX_STOP_CHARS = 256
 MAX_BIAS = 1024
 MAX_SEED = 2**64 - 1
+MAX_TEMPERATURE = 1e6  # beyond it every distribution is flat in float32
+GREEDY_BELOW = 1e-5  # a temperature that float32 logits cannot be divided by: the best token wins in any case
+REPETITION_RANGE = (1e-3, 1e3)
+MAX_LENGTH_PENALTY = 5.0  # length ** penalty has to stay a float32
+
+NUMBERS = ("n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k",
+           "min_p", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "length_penalty")
 
 LogitsProcessor = Callable[[list[int], Any], Any]
 
@@ -29,8 +36,8 @@ class SamplingParams:
         best_of: continuations to compute; the n with the highest cumulative logprob are returned. None means n.
         presence_penalty: -2 to 2, subtracted once for every token that the output already holds.
         frequency_penalty: -2 to 2, subtracted for every occurrence in the output.
-        repetition_penalty: > 0; logits of tokens in prompt or output are divided (positive) or multiplied (negative) by it.
-        temperature: >= 0; 0 is greedy, ties go to the lowest token id.
+        repetition_penalty: 0.001 to 1000; logits of tokens in prompt or output are divided (positive) or multiplied (negative) by it.
+        temperature: 0 to 1e6; 0 (and anything below 1e-5) is greedy, ties go to the lowest token id.
         top_p: (0, 1], nucleus mass. top_k: -1 or 0 switch it off, else >= 1. min_p: [0, 1], relative to the best token.
         seed: 0 to 2**64 - 1 (negative values are refused); None draws one from the engine's seed.
         stop: strings that end a continuation, at most 16 of at most 256 characters, none empty.
@@ -44,7 +51,8 @@ class SamplingParams:
         logit_bias: token id -> -100 to 100. allowed_token_ids: only these may be sampled.
         bad_words: strings that may not be generated.
         logits_processors: callables (output ids, logits [vocab]) -> logits; offline only.
-        use_beam_search: width best_of (or n); needs temperature 0. length_penalty: exponent of the length in the score.
+        use_beam_search: width best_of (or n); needs temperature 0. length_penalty: -5 to 5, exponent of the length in the
+            score.
         early_stopping: True, False or "never", as in Hugging Face's generate.
 
     Raises:
@@ -88,7 +96,12 @@ class SamplingParams:
             set_(self, name, _tuple(name, getattr(self, name)))
         if self.allowed_token_ids is not None:
             set_(self, "allowed_token_ids", _tuple("allowed_token_ids", self.allowed_token_ids))
+        for name in NUMBERS:  # numpy's numbers are fine, and what travels on is Python's own
+            if hasattr(getattr(self, name), "item"):
+                set_(self, name, getattr(self, name).item())
         _check_numbers(self)
+        if self.temperature < GREEDY_BELOW:
+            set_(self, "temperature", 0.0)
         _check_lists(self)
         _check_together(self)
 
@@ -148,12 +161,14 @@ def _check_numbers(p: SamplingParams) -> None:
         _integer("best_of", p.best_of, 1, MAX_N, f"an integer from 1 to {MAX_N}")
     for name in ("presence_penalty", "frequency_penalty"):
         _number(name, getattr(p, name), "in [-2, 2]", -2.0, 2.0)
-    _number("repetition_penalty", p.repetition_penalty, "a positive number", 0.0, open_low=True)
-    _number("temperature", p.temperature, "a non-negative number", 0.0)
+    low, high = REPETITION_RANGE
+    _number("repetition_penalty", p.repetition_penalty, f"in [{low}, {high}]", low, high)
+    _number("temperature", p.temperature, f"in [0, {MAX_TEMPERATURE:g}]", 0.0, MAX_TEMPERATURE)
     _number("top_p", p.top_p, "in (0, 1]", 0.0, 1.0, open_low=True)
     _integer("top_k", p.top_k, -1, 2**31 - 1, "-1 (disable) or a positive integer")
     _number("min_p", p.min_p, "in [0, 1]", 0.0, 1.0)
-    _number("length_penalty", p.length_penalty, "a finite number", -math.inf)
+    bound = MAX_LENGTH_PENALTY
+    _number("length_penalty", p.length_penalty, f"in [{-bound:g}, {bound:g}]", -bound, bound)
     if p.seed is not None:
         _integer("seed", p.seed, 0, MAX_SEED, "an integer from 0 to 2**64 - 1")
     if p.max_tokens is not None:
@@ -199,7 +214,7 @@ def _check_lists(p: SamplingParams) -> None:
 
 def _check_together(p: SamplingParams) -> None:
     if p.best_of is not None and p.best_of < p.n:
-        raise RequestError(f"best_of must be greater than or equal to n, got n={p.n} and best_of={p.best_of}.", "best_of")
+        raise RequestError(f"best_of must be at least n, got best_of={p.best_of} and n={p.n}.", "best_of")
     if p.max_tokens is not None and p.min_tokens > p.max_tokens:
         raise RequestError(
             f"min_tokens must be at most max_tokens, got min_tokens={p.min_tokens} and max_tokens={p.max_tokens}.", "min_tokens")
@@ -208,19 +223,19 @@ def _check_together(p: SamplingParams) -> None:
     if p.use_beam_search:
         _check_beam(p)
     elif p.greedy and p.best_of is not None and p.best_of > 1 and p.best_of != p.n:
-        raise RequestError(f"best_of must be 1 when using greedy sampling, got {p.best_of}.", "best_of")
+        raise RequestError(f"best_of beyond n needs a temperature above 0, got {p.best_of}.", "best_of")
 
 
 def _check_beam(p: SamplingParams) -> None:
     if p.width < 2:
-        raise RequestError(f"best_of must be greater than 1 when using beam search, got {p.width}.", "best_of")
+        raise RequestError(f"best_of (or n) must be at least 2 with beam search, got {p.width}.", "best_of")
     wanted = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
               "repetition_penalty": 1.0, "logprobs": None, "min_tokens": 0}
     for name, value in wanted.items():
         if getattr(p, name) != value:
-            raise RequestError(f"{name} must be {value} when using beam search, got {getattr(p, name)}.", name)
+            raise RequestError(f"{name} must be {value} with beam search, got {getattr(p, name)}.", name)
     if p.top_k > 0:
-        raise RequestError(f"top_k must be -1 when using beam search, got {p.top_k}.", "top_k")
+        raise RequestError(f"top_k must be -1 with beam search, got {p.top_k}.", "top_k")
     for name in ("logits_processors", "logit_bias", "bad_words", "allowed_token_ids", "stop"):
         if getattr(p, name):
             raise RequestError(f"{name} cannot be combined with beam search, got {getattr(p, name)!r:.200}.", name)

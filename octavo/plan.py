@@ -1,6 +1,6 @@
 """StepPlan and StepResult: the only things that travel between the scheduler and a worker, and what a worker is.
 
-Owns the words of design.md section 2; it does not know requests, text or tensors. A plan says *compute tokens
+Owns the vocabulary of a step; it does not know requests, text or tensors. A plan says *compute tokens
 [start, start + count) of row r* and carries changes only: new rows, appended blocks, ended rows.
 
 Order in which a worker applies a plan: ``ended``, ``swap_out``, ``copies`` of whole blocks, ``swap_in``, ``new``,

@@ -1,7 +1,8 @@
-"""Command-line flags for SamplingParams, and the engine options of a namespace.
+"""Command-line flags: those of SamplingParams, and how the engine's are shown in a command's help.
 
-Owns how a sampling field is spelt on the command line; ranges stay in SamplingParams. Invariant: only flags that were
-given appear among the changes, so the model's own defaults (generation_config.json) hold for all others.
+Owns how a sampling field is spelt on the command line and the groups of --help; ranges stay in SamplingParams and
+EngineConfig. Invariant: only sampling flags that were given appear among the changes, so the model's own defaults
+(generation_config.json) hold for all others.
 """
 
 import argparse
@@ -13,6 +14,9 @@ from typing import Any
 from octavo.config import EngineConfig, human_int
 from octavo.errors import RequestError
 from octavo.params import SamplingParams
+
+# Options of which this version accepts only the default; they exist so that a wish for them is refused by name.
+REFUSED = frozenset({"--trust-remote-code", "--quantization", "--tensor-parallel-size", "--pipeline-parallel-size"})
 
 # Fields that make no sense where one answer is streamed to a person.
 NOT_IN_CHAT = frozenset({"n", "best_of", "use_beam_search", "length_penalty", "early_stopping", "logprobs",
@@ -68,6 +72,27 @@ FLAGS: Mapping[str, _Flag] = {
     "length_penalty": _Flag("exponent of the length in a beam's score", float),
     "early_stopping": _Flag("end of a beam search: true, false or never", _early_stopping),
 }
+
+
+class _EngineGroups:
+    """Stands for the parser in EngineConfig.add_cli_args: the model stays in front, flags go into two groups."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.parser = parser
+        self.engine = parser.add_argument_group("engine")
+        self.refused = parser.add_argument_group("not supported yet (everything but the default is refused by name)")
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Add an option of the engine where it belongs."""
+        if names[0] in ("model", "--model"):
+            return self.parser.add_argument(*names, **options)
+        return (self.refused if names[0] in REFUSED else self.engine).add_argument(*names, **options)
+
+
+def add_engine_args(parser: argparse.ArgumentParser, *, model: str = "option") -> None:
+    """Add a flag per field of EngineConfig, in groups of their own; call it last, so that they come last in --help."""
+    groups: Any = _EngineGroups(parser)
+    EngineConfig.add_cli_args(groups, model=model)
 
 
 def add_sampling_args(parser: argparse.ArgumentParser, without: frozenset[str] = frozenset()) -> None:

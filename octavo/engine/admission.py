@@ -23,6 +23,7 @@ def check_request(request: EngineRequest, config: EngineConfig, info: GroupInfo)
     if num_prompt == 0:
         raise RequestError("prompt must hold at least one token, got none.", "prompt")
     _check_ids("prompt", request.prompt_token_ids, info.vocab_size)
+    _check_ids("eos_token_ids", request.eos_token_ids, info.vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids, info.vocab_size)
     _check_ids("logit_bias", params.logit_bias, info.vocab_size)
     _check_ids("allowed_token_ids", params.allowed_token_ids or (), info.vocab_size)

@@ -122,11 +122,21 @@ class Engine:
         self._state.queue.push(first)
         self._state.stats.requests += 1
 
-    def abort(self, request_id: str, index: int | None = None) -> bool:
-        """End a request, or one continuation of it, now; the next StepOutput says so. False: there is no such thing."""
+    def abort(self, request_id: str, index: int | None = None, *, report: bool = True) -> bool:
+        """End a request, or one continuation of it, now. False: there is no such thing.
+
+        Args:
+            report: the next StepOutput says so; False forgets the request at once, so that its id may be used again.
+        """
         request = self._state.requests.get(request_id)
         if request is None:
             return False
+        if not report:
+            self._state.end_request(request, "abort")
+            out = self._state.out
+            out.ended = [end for end in out.ended if end.request_id != request_id]
+            out.finished = [name for name in out.finished if name != request_id]
+            return True
         if index is None or request.beams is not None:
             self._state.end_request(request, "abort")
             return True

@@ -94,7 +94,8 @@ class Request:
 
     def _prompt_logprobs(self, index: int) -> int:
         asked = self.params.prompt_logprobs
-        return asked if asked is not None and self.scores_prompt and index == self.sequences[0].index else -1
+        leader = next((s.index for s in self.sequences if s.status is not Status.ENDED), -1)
+        return asked if asked is not None and self.scores_prompt and index == leader else -1
 
 
 class Sequence:
@@ -124,11 +125,6 @@ class Sequence:
         self.logprobs: list[TokenLogprobs] | None = [] if request.params.logprobs is not None and not request.stream else None
         self.cumulative = 0.0
         self.streamed = (request.id, index)
-
-    @property
-    def num_known(self) -> int:
-        """Tokens that the host has seen, while the sequence has no row."""
-        return 0 if self.tokens is None else len(self.tokens)
 
     def __repr__(self) -> str:
         return f"Sequence({self.request.id!r}, {self.index}, {self.status.name}, row={self.row})"

@@ -18,7 +18,8 @@ from octavo.engine.state import EngineState, StepRecord
 from octavo.messages import TokenLogprobs
 from octavo.plan import Int32, RowLogprobs, StepResult
 
-BAD_LOGITS = "The model's logits were not finite, or a logits processor failed."
+BAD_LOGITS = (
+    "No token could be sampled: the logits were not finite, every token was masked, or a logits processor failed.")
 
 Marks = dict[int, TokenLogprobs]
 """By identity of the sequence, the logprobs of the token that it got in this step."""
@@ -31,8 +32,12 @@ def apply_result(state: EngineState, record: StepRecord, result: StepResult) -> 
     """Fold the result of the step that ``record`` describes into the state."""
     table = state.table
     rows, ends = record.rows, record.ends
-    live = table.generation.take(rows) == record.generations
+    departed = _take_departed(state, record)
     same = record.sample_rows is rows
+    if result.bad.size:  # first of all: what such a row has computed must not be published
+        _fail_bad(state, record, result.bad, departed)
+        same = False
+    live = table.generation.take(rows) == record.generations
     if not live.all():
         rows, ends = rows[live], ends[live]
     table.written[rows] = ends
@@ -40,13 +45,9 @@ def apply_result(state: EngineState, record: StepRecord, result: StepResult) -> 
         full = np.flatnonzero(ends >= table.next_publish.take(rows))
         if full.size:
             _publish(state, rows[full], ends[full])
-    departed = _take_departed(state, record)
     marks = _logprobs(state, record, result.logprobs, departed) if result.logprobs else {}
     if result.prompt_logprobs:
         _prompt_logprobs(state, record, result.prompt_logprobs, departed)
-    if result.bad.size:
-        _fail_bad(state, record, result.bad, departed)
-        same = False
     if not same:
         live = table.generation.take(record.sample_rows) == record.sample_generations
     _append_tokens(state, record.sample_rows, result.tokens, live, marks)
@@ -230,7 +231,9 @@ def _logprobs(state: EngineState, record: StepRecord, found: list[RowLogprobs], 
                 beams.report(sequence.index, entry)
             continue
         sequence.cumulative += float(entry.logprobs[0])
-        if sequence.request.params.logprobs is not None:
+        params = sequence.request.params
+        # With best_of beyond n the front ranks what it cuts at a stop string, and needs the logprob of every token.
+        if params.logprobs is not None or sequence.request.width > params.n:
             mark = marks[id(sequence)] = _entry(entry, 0)
             if sequence.logprobs is not None:
                 sequence.logprobs.append(mark)

@@ -3,9 +3,8 @@
 Owns the model, the KV pool, the host pool and the order of a step; it does not know requests, text or who sends plans.
 Order: identity, changes of the rows, moves of blocks, the decoder, sampling, and only then the new lengths.
 
-A step that fails while it computes leaves the tables as its changes made them: rows ended, rows started, blocks
-appended, tokens forced, but nobody's computed or sampled tokens advanced. So the next plan, numbered as if nothing had
-happened, may end the rows of the failed step and go on with all others. A plan whose changes contradict the tables (see
+A step that fails while it computes leaves the tables as if it had succeeded, with token 0 for every row that samples: the
+host ends the requests of that step and no other, and a step that was planned meanwhile still fits. A plan whose changes contradict the tables (see
 Tables.apply) is another matter: host and device have parted, and the group has to be started again.
 
 Invariant: KV that a step reads was written by that step or an earlier one; the pools are never initialised.
@@ -109,6 +108,14 @@ class ModelRunner:
 
     def _compute(self, plan: StepPlan, result: StepResult) -> None:
         self.tables.check(plan)
+        try:
+            self._forward(plan, result)
+        except Exception:
+            self._pass_over(plan)
+            raise
+        self.tables.advance(plan)
+
+    def _forward(self, plan: StepPlan, result: StepResult) -> None:
         batch = build(plan, self.tables)
         hidden = self._decoder.forward(batch.ids, batch.positions, self.kv, batch.meta)
         result.prompt_logprobs = self._sampler.score_prompts(plan, batch, hidden, self._decoder.logits)
@@ -118,6 +125,15 @@ class ModelRunner:
                 logits = logits[batch.logits_of]
             sampled = self._sampler.sample(plan, logits)
             result.tokens, result.bad, result.logprobs = sampled.tokens, sampled.bad, sampled.logprobs
+
+    def _pass_over(self, plan: StepPlan) -> None:
+        """Count a failed step's tokens as computed and sampled, token 0 each: a step that was planned before the host
+        could know of the failure still fits, and costs only the requests that have failed."""
+        rows = plan.sample_rows.astype(np.intp)
+        rows = rows[~self.tables.beam[rows]]
+        nothing = np.zeros(len(rows), np.int32)
+        self._edits.advance(rows, nothing)
+        self.tables.write(rows, nothing)
         self.tables.advance(plan)
 
     def _move(self, plan: StepPlan) -> float:

@@ -86,3 +86,54 @@ def test_the_third_failure_in_a_row_ends_the_engine():
         bench.step()
     with pytest.raises(EngineDead):
         bench.add("later", [5], max_tokens=1)
+
+
+@pytest.mark.parametrize("where", ["submit", "result"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_one_failure_among_many_requests_is_one_failure(where, overlap):
+    """With overlap the next step is under way already: it must not fail for the rows of the first."""
+    bench = Bench(overlap=overlap, budget=24)
+    for i in range(12):
+        bench.add(f"r{i}", prompt(i, 20), max_tokens=12, eos=())
+    bench.group.fail = lambda step: where if step == 3 else None
+    bench.run()
+    failed = {name for (name, _), end in bench.ends.items() if end.reason == "error"}
+    assert bench.engine.stats.failed_steps == 1
+    assert 0 < len(failed) < 12 and len(bench.finished) == 12
+    for i in range(12):
+        if f"r{i}" not in failed:
+            assert bench.tokens(f"r{i}") == bench.expected(f"r{i}")
+
+
+def test_what_a_row_without_finite_logits_computed_is_not_published():
+    bench = Bench()
+    bench.group.bad = lambda tokens: len(tokens) >= 20
+    bench.add("bad", prompt(1, 20), max_tokens=4, eos=())
+    bench.run()
+    assert bench.ends["bad", 0].reason == "error"
+    assert bench.state.pool.num_cached == 0
+    bench.group.bad = lambda tokens: False
+    bench.add("again", prompt(1, 20), max_tokens=4, eos=())
+    bench.run()
+    assert bench.started["again"] == 0 and bench.tokens("again") == bench.expected("again")
+
+
+def test_an_abort_that_is_not_reported_frees_the_name_at_once():
+    for overlap in (False, True):
+        bench = Bench(overlap=overlap)
+        bench.add("a", prompt(1, 20), max_tokens=9, eos=())
+        for _ in range(3):
+            bench.step()
+        assert bench.engine.abort("a", report=False) and not bench.engine.abort("a", report=False)
+        bench.add("a", prompt(2, 11), max_tokens=5, eos=())
+        bench.run()
+        assert bench.ends["a", 0].reason == "length" and bench.tokens("a") == bench.expected("a")
+
+
+def test_prompt_logprobs_go_on_when_the_first_of_several_continuations_is_aborted():
+    bench = Bench(budget=8, rows=4)
+    bench.add("a", prompt(1, 24), n=2, max_tokens=3, eos=(), prompt_logprobs=1)
+    bench.step()
+    assert bench.engine.abort("a", 0)
+    bench.run()
+    assert len(bench.prompt_logprobs["a"]) == 23
