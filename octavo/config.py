@@ -18,7 +18,7 @@ DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 POLICIES = ("fcfs", "priority", "sjf")
-ENVIRONMENT = ("OCTAVO_CACHE", "OCTAVO_API_KEY", "OCTAVO_LOGGING_LEVEL", "OCTAVO_CUDA_ARCHS", "OCTAVO_INTERNAL_PORT")
+ENVIRONMENT = ("OCTAVO_CACHE", "OCTAVO_LOGGING_LEVEL")
 
 
 def _option(default: Any, help: str, *, choices: tuple[Any, ...] = (), flag: str = "", kind: Any = None) -> Any:
@@ -32,7 +32,12 @@ def _option(default: Any, help: str, *, choices: tuple[Any, ...] = (), flag: str
 def human_int(text: str) -> int:
     """Parse 4096, 32k (1000s) or 32K (1024s), m/M and g/G likewise; ValueError on anything else."""
     scale = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}.get(text[-1:])
-    return int(text) if scale is None else int(float(text[:-1]) * scale)
+    if scale is None:
+        return int(text)
+    value = float(text[:-1]) * scale
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r} is not a number")
+    return int(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +176,12 @@ def _check_ranges(c: EngineConfig) -> None:
 
 
 def _check_refused(c: EngineConfig) -> None:
+    if c.long_prefill_token_threshold and not c.enable_chunked_prefill:
+        raise ConfigError(
+            f"long_prefill_token_threshold ({c.long_prefill_token_threshold}) needs enable_chunked_prefill, which is off.",
+            "long_prefill_token_threshold")
+    if c.tokenizer is not None and c.skip_tokenizer_init:
+        raise ConfigError(f"tokenizer {c.tokenizer!r} is given, but skip_tokenizer_init loads none.", "tokenizer")
     if c.trust_remote_code:
         raise ConfigError("trust_remote_code is refused: Octavo never runs code from a checkpoint.", "trust_remote_code")
     if c.quantization is not None:

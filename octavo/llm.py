@@ -5,14 +5,17 @@ results come back in input order, each request exactly once, and a request that 
 request of its batch has started.
 """
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from octavo import log
 from octavo.config import EngineArgs, EngineConfig
 from octavo.engine.engine import Engine
 from octavo.errors import ConfigError, RequestError
-from octavo.log import get_logger
 from octavo.models.hub import resolve
 from octavo.outputs import RequestOutput
 from octavo.params import SamplingParams
@@ -21,8 +24,9 @@ from octavo.text.collector import Collector
 from octavo.text.intake import Intake, Prompt
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
 from octavo.worker.group import LocalGroup
+from octavo.worker.runner import check_supported
 
-logger = get_logger(__name__)
+logger = log.get_logger(__name__)
 
 DEFAULT_MAX_TOKENS = 16
 Messages = Sequence[Mapping[str, Any]]
@@ -36,6 +40,9 @@ class LLMEngine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        if not config.disable_log_stats and not logger.hasHandlers():
+            log.setup()  # the statistics line was asked for, and the program has set up no logging of its own
+        check_supported(config)  # before anything is fetched
         self.config = config
         self.source = resolve(config)
         self.tokenizer: Tokenizer | None = None if config.skip_tokenizer_init else load_tokenizer(self.source, config)
@@ -45,7 +52,10 @@ class LLMEngine:
         self.collector = Collector()
         info = self.group.info
         self._longest = min(info.max_model_len, info.num_blocks * info.block_size)
+        self._kept: list[RequestOutput] = []
         self._template: ChatTemplate | None = None
+        if config.chat_template is not None:
+            self._template = load_chat_template(self.get_tokenizer(), config)
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> "LLMEngine":
@@ -104,7 +114,21 @@ class LLMEngine:
         self.collector.add(request_id, ready.prompt, ready.request.prompt_token_ids, params, self.tokenizer, snapshots=stream)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; the requests that changed, as snapshots, or finished for good."""
+        """Compute one step; the requests that changed, as snapshots, or finished for good.
+
+        Ctrl-C waits for the end of the step, so that the engine can be used afterwards; a second one does not.
+        """
+        kept, self._kept = self._kept, []
+        if kept and not self.has_unfinished_requests():
+            return kept
+        with _interrupt_afterwards():
+            return kept + self._step()
+
+    def keep(self, output: RequestOutput) -> None:
+        """Hand an output back that belongs to somebody else: the next ``step`` returns it."""
+        self._kept.append(output)
+
+    def _step(self) -> list[RequestOutput]:
         update = self.collector.update(self.engine.step())
         for request_id in update.aborts:
             self.engine.abort(request_id)
@@ -114,13 +138,16 @@ class LLMEngine:
 
     def abort_request(self, request_id: str | Sequence[str]) -> None:
         """End requests now; unknown and finished ids are no error."""
-        for name in [request_id] if isinstance(request_id, str) else request_id:
+        names = [request_id] if isinstance(request_id, str) else request_id
+        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+            raise RequestError(f"request_id must be a string or a list of strings, got {request_id!r:.200}.", "request_id")
+        for name in names:
             self.engine.abort(name, report=False)
             self.collector.abort(name)
 
     def has_unfinished_requests(self) -> bool:
         """True while a request waits or runs."""
-        return len(self.collector) > 0
+        return len(self.collector) > 0 or bool(self._kept)
 
     def get_num_unfinished_requests(self) -> int:
         """Requests that wait or run."""
@@ -145,6 +172,7 @@ class LLM:
         kwargs.setdefault("disable_log_stats", True)
         self.llm_engine = LLMEngine(EngineConfig.from_kwargs(model=model, **kwargs))
         self._ids = itertools.count()
+        self._lock = threading.Lock()  # one batch at a time: a second thread's call waits for the first
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer: ``encode(text)`` gives list[int], ``decode(ids)`` text."""
@@ -196,8 +224,13 @@ class LLM:
         Raises:
             RequestError: a message or a parameter is refused; nothing has been computed.
         """
+        if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+            raise RequestError(f"messages must be a list of messages or of conversations, got {messages!r:.200}.", "messages")
         if not messages:
             raise RequestError("messages must not be empty, got [].", "messages")
+        given = chat_template_kwargs or {}
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise RequestError(f"chat_template_kwargs must map names to values, got {given!r:.200}.", "chat_template_kwargs")
         talks: Any = [messages] if isinstance(messages[0], Mapping) else messages
         tokenizer = self.get_tokenizer()
         template = self.llm_engine.template
@@ -206,7 +239,7 @@ class LLM:
         batch: list[Prompt] = []
         for talk in talks:
             text, ids = chat_prompt(template, tokenizer, talk, tools, add_generation_prompt, continue_final_message,
-                                    **(chat_template_kwargs or {}))
+                                    **given)
             batch.append({"prompt": text, "prompt_token_ids": ids})
         return self._run(batch, _spread("sampling_params", sampling_params, len(batch)), [None] * len(batch), None, use_tqdm)
 
@@ -216,11 +249,18 @@ class LLM:
 
     def _run(self, batch: list[Prompt], params: Sequence[SamplingParams | None], priority: Sequence[int | None],
              max_tokens: int | None, use_tqdm: bool) -> list[RequestOutput]:
-        engine, names = self.llm_engine, [str(next(self._ids)) for _ in batch]
-        added: list[str] = []
+        names = [str(next(self._ids)) for _ in batch]
+        with self._lock:
+            return self._run_alone(names, batch, params, priority, max_tokens, use_tqdm)
+
+    def _run_alone(self, names: list[str], batch: list[Prompt], params: Sequence[SamplingParams | None],
+                   priority: Sequence[int | None], max_tokens: int | None, use_tqdm: bool) -> list[RequestOutput]:
+        engine, added = self.llm_engine, list[str]()
         try:
             for name, prompt, given, rank in zip(names, batch, params, priority, strict=True):
-                engine.add_request(name, prompt, given, priority=rank or 0, stream=False, default_max_tokens=max_tokens)
+                with _naming(len(added), len(batch)):
+                    engine.add_request(name, prompt, given, priority=0 if rank is None else rank, stream=False,
+                                       default_max_tokens=max_tokens)
                 added.append(name)
             return self._collect(names, use_tqdm)
         except BaseException:  # a refused prompt, Ctrl-C: nobody will ask for the others
@@ -229,16 +269,54 @@ class LLM:
 
     def _collect(self, names: list[str], use_tqdm: bool) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}
+        ours, others = set(names), list[RequestOutput]()  # requests that somebody added to the engine by hand go on too
         bar = _progress(len(names)) if use_tqdm else None
         while len(done) < len(names):
             for output in self.llm_engine.step():
-                if output.finished:
+                if output.request_id not in ours:
+                    others.append(output)
+                elif output.finished:
                     done[output.request_id] = output
                     if bar is not None:
                         bar.update(1)
         if bar is not None:
             bar.close()
+        for output in others:
+            self.llm_engine.keep(output)
         return [done[name] for name in names]
+
+
+@contextlib.contextmanager
+def _naming(index: int, count: int) -> Iterator[None]:
+    """Say which prompt of a batch was refused."""
+    try:
+        yield
+    except RequestError as error:
+        if count == 1:
+            raise
+        raise RequestError(f"prompt {index} of {count}: {error}", error.param, error.code) from error
+
+
+@contextlib.contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """Hold back the first Ctrl-C until the block has ended; only the main thread gets signals."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # or the program has its own
+        yield
+        return
+    held: list[int] = []
+
+    def hold(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        held.append(number)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 def _progress(total: int) -> Any:
@@ -267,6 +345,7 @@ def _listed(name: str, value: Any) -> list[Any]:
     """[value] when it is a single prompt (text, mapping, list of ids), else its elements; an empty list stays empty."""
     if isinstance(value, (str, Mapping)):
         return [value]
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, bytes) or not hasattr(value, "__iter__"):
         raise RequestError(f"{name} must be a prompt or a list of prompts, got {value!r:.200}.", name)
     elements = list(value)

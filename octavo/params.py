@@ -36,7 +36,8 @@ class SamplingParams:
         best_of: continuations to compute; the n with the highest cumulative logprob are returned. None means n.
         presence_penalty: -2 to 2, subtracted once for every token that the output already holds.
         frequency_penalty: -2 to 2, subtracted for every occurrence in the output.
-        repetition_penalty: 0.001 to 1000; logits of tokens in prompt or output are divided (positive) or multiplied (negative) by it.
+        repetition_penalty: 0.001 to 1000; logits of tokens in prompt or output are divided (positive) or multiplied
+            (negative) by it.
         temperature: 0 to 1e6; 0 (and anything below 1e-5) is greedy, ties go to the lowest token id.
         top_p: (0, 1], nucleus mass. top_k: -1 or 0 switch it off, else >= 1. min_p: [0, 1], relative to the best token.
         seed: 0 to 2**64 - 1 (negative values are refused); None draws one from the engine's seed.
@@ -80,7 +81,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = ()
     logits_processors: Sequence[LogitsProcessor] = ()
@@ -100,6 +101,8 @@ class SamplingParams:
             if hasattr(getattr(self, name), "item"):
                 set_(self, name, getattr(self, name).item())
         _check_numbers(self)
+        if isinstance(self.logit_bias, Mapping):
+            set_(self, "logit_bias", dict(self.logit_bias))
         if self.temperature < GREEDY_BELOW:
             set_(self, "temperature", 0.0)
         _check_lists(self)

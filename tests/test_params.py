@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +27,8 @@ BAD: list[tuple[str, Any]] = [
     *[(name, value) for name in LISTS for value in (3, "text", {"a": 1})],
     ("n", 0), ("n", 129), ("n", None), ("best_of", 0), ("best_of", 129),
     ("presence_penalty", -2.01), ("presence_penalty", 2.01), ("frequency_penalty", 2.01),
-    ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("temperature", -0.01),
+    ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("repetition_penalty", 1e39), ("repetition_penalty", 1e-46),
+    ("temperature", -0.01), ("temperature", 1e39), ("length_penalty", 2000.0), ("length_penalty", -2000.0),
     ("top_p", 0.0), ("top_p", 1.01), ("top_k", None), ("top_k", 2**31), ("min_p", -0.1), ("min_p", 1.01),
     ("seed", -1), ("seed", 2**64), ("max_tokens", 0), ("max_tokens", -1), ("min_tokens", None), ("logprobs", -1),
     ("stop", 3), ("stop", [3]), ("stop", [""]), ("stop", ["x" * (MAX_STOP_CHARS + 1)]),
@@ -54,7 +56,7 @@ def test_a_bad_value_is_an_error_that_names_field_and_value(name: str, value: An
 @pytest.mark.parametrize(("name", "values"), [
     ("n", (1, 128)), ("top_k", (-1, 0, 1, 2**31 - 1)), ("top_p", (1e-9, 1, 1.0)), ("min_p", (0, 1.0)),
     ("temperature", (0, 0.0, 100.0)), ("seed", (0, 2**64 - 1, None)), ("max_tokens", (1, None)),
-    ("logprobs", (None, 0, 5)), ("presence_penalty", (-2, 2)), ("repetition_penalty", (1e-9, 5)),
+    ("logprobs", (None, 0, 5)), ("presence_penalty", (-2, 2)), ("repetition_penalty", (1e-3, 5, 1000)),
     ("early_stopping", (True, False, "never")), ("length_penalty", (-3.0, 0.0, 2)),
     ("logit_bias", ({}, {5: -100, 6: 100.0})),
 ])
@@ -130,3 +132,20 @@ def test_whatever_is_given_is_valid_or_refused(values: dict[str, Any]) -> None:
     assert params.temperature >= 0 and math.isfinite(params.temperature)
     assert 0 < params.top_p <= 1 and 0 <= params.min_p <= 1 and params.repetition_penalty > 0
     assert 1 <= params.n <= 128 and params.top_k >= -1 and all(params.stop)
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
+    assert SamplingParams(temperature=1e-6).temperature == 0.0 and SamplingParams(temperature=1e-46, best_of=1).greedy
+    assert SamplingParams(temperature=1e-4).temperature == 1e-4
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    params = SamplingParams(temperature=np.float32(0.5), max_tokens=np.int64(3), seed=np.int32(7))
+    assert (type(params.temperature), type(params.max_tokens), type(params.seed)) == (float, int, int)
+
+
+def test_a_valid_object_stays_valid() -> None:
+    bias = {5: 1.0}
+    params = SamplingParams(logit_bias=bias)
+    bias[-1] = 1e9
+    assert params.logit_bias == {5: 1.0} and isinstance(hash(params), int)

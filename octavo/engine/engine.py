@@ -86,6 +86,7 @@ class Engine:
         self._in_flight: tuple[StepRecord, Pending] | None = None
         self._seeds = random.Random(seed)
         self._num_requests = self._failed = 0
+        self._dead: str | None = None
         self._stats_log = None if config.disable_log_stats else StatsLog(_log, clock())
 
     @property
@@ -102,7 +103,7 @@ class Engine:
         """Accept a request.
 
         Raises:
-            RequestError: it can never run, or its id is taken; nothing has changed. EngineDead: too many steps failed.
+            RequestError: it can never run, or its id is taken; nothing has changed. EngineDead: the engine has ended.
         """
         self._check_alive()
         if request.request_id in self._state.requests:
@@ -152,15 +153,20 @@ class Engine:
         """Compute one step, and say what the last finished one has found (with overlap: the one before).
 
         Raises:
-            EngineDead: the third step in a row has failed.
+            EngineDead: the third step in a row has failed, or the engine has ended before. Any other exception is a bug or
+                an interrupt, and ends the engine.
         """
         self._check_alive()
-        submitted = self._submit()
-        if self._overlap:
-            submitted, self._in_flight = self._in_flight, submitted
-        if submitted is not None:
-            self._collect(*submitted)
-        return self._report()
+        try:
+            submitted = self._submit()
+            if self._overlap:
+                submitted, self._in_flight = self._in_flight, submitted
+            if submitted is not None:
+                self._collect(*submitted)
+            return self._report()
+        except BaseException as error:  # nobody knows how far it came: going on could give wrong answers
+            self._dead = self._dead or f"a step was broken off by {type(error).__name__}"
+            raise
 
     def has_work(self) -> bool:
         """True while a request is unfinished, a result is awaited or an end has not been said yet."""
@@ -172,6 +178,7 @@ class Engine:
 
     def close(self) -> None:
         """End the workers; the engine cannot be used afterwards."""
+        self._dead = self._dead or "it was closed"
         self._group.close()
 
     def _submit(self) -> tuple[StepRecord, Pending] | None:
@@ -218,7 +225,8 @@ class Engine:
         self._state.stats.failed_steps += 1
         _log.error("a step failed (%d in a row)", self._failed, exc_info=error)
         if self._failed >= MAX_FAILED_STEPS:
-            raise EngineDead(f"{self._failed} steps in a row have failed, the last with {type(error).__name__}.") from error
+            self._dead = f"{self._failed} steps in a row have failed, the last with {type(error).__name__}"
+            raise EngineDead(f"{self._dead}.") from error
 
     def _report(self) -> StepOutput:
         out, stats = self._state.take_output(), self._state.stats
@@ -229,8 +237,8 @@ class Engine:
         return out
 
     def _check_alive(self) -> None:
-        if self._failed >= MAX_FAILED_STEPS:
-            raise EngineDead(f"the engine has ended after {self._failed} failed steps in a row.")
+        if self._dead is not None:
+            raise EngineDead(f"the engine has ended: {self._dead}.")
 
 
 def _check_info(info: GroupInfo) -> None:

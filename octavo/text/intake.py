@@ -5,6 +5,7 @@ KV pool are checked by Engine.add). Invariant: a request that leaves here has in
 text travels on to the engine.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -61,6 +62,7 @@ class Intake:
         Raises:
             RequestError: the prompt has no form that is known, or text meets a model without tokenizer.
         """
+        _check_kinds(request_id, params, priority, cache_salt, arrival)
         text, ids = self._read(prompt)
         if params.stop and self.tokenizer is None:
             raise RequestError(f"stop needs a tokenizer, got {list(params.stop)!r:.200} with skip_tokenizer_init.", "stop")
@@ -108,10 +110,26 @@ class Intake:
         return tuple(found)
 
 
+def _check_kinds(request_id: Any, params: Any, priority: Any, cache_salt: Any, arrival: Any) -> None:
+    """What types cannot promise at run time; a wrong one is the caller's mistake and is named."""
+    if not isinstance(request_id, str):
+        raise RequestError(f"request_id must be a string, got {request_id!r:.200}.", "request_id")
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"sampling_params must be SamplingParams, got {params!r:.200}.", "sampling_params")
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise RequestError(f"priority must be an integer, got {priority!r:.200}.", "priority")
+    if not isinstance(cache_salt, str):
+        raise RequestError(f"cache_salt must be a string, got {cache_salt!r:.200}.", "cache_salt")
+    number = isinstance(arrival, (int, float)) and not isinstance(arrival, bool)
+    if arrival is not None and not (number and math.isfinite(arrival)):
+        raise RequestError(f"arrival_time must be a finite number of seconds, got {arrival!r:.200}.", "arrival_time")
+
+
 def _ids(value: Any) -> list[int]:
-    if isinstance(value, (bytes, str)) or not hasattr(value, "__iter__"):
+    ids = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(ids, Sequence) or isinstance(ids, (bytes, str)):
         raise RequestError(f"prompt_token_ids must be a list of integers, got {value!r:.200}.", "prompt_token_ids")
-    ids = value.tolist() if hasattr(value, "tolist") else list(value)
+    ids = list(ids)
     for token in ids:
         if type(token) is not int:
             raise RequestError(f"prompt_token_ids must hold integers, got {token!r:.200}.", "prompt_token_ids")

@@ -3,9 +3,10 @@
 Owns the model, the KV pool, the host pool and the order of a step; it does not know requests, text or who sends plans.
 Order: identity, changes of the rows, moves of blocks, the decoder, sampling, and only then the new lengths.
 
-A step that fails while it computes leaves the tables as if it had succeeded, with token 0 for every row that samples: the
-host ends the requests of that step and no other, and a step that was planned meanwhile still fits. A plan whose changes contradict the tables (see
-Tables.apply) is another matter: host and device have parted, and the group has to be started again.
+A step that fails while it computes leaves the tables as if it had succeeded, with token 0 for every row that samples:
+the host ends the requests of that step and no other, and a step that was planned meanwhile still fits. A plan whose
+changes contradict the tables (see Tables.apply) is another matter: host and device have parted, and the group has to be
+started again.
 
 Invariant: KV that a step reads was written by that step or an earlier one; the pools are never initialised.
 """
@@ -35,6 +36,16 @@ from octavo.worker.tables import Tables
 logger = get_logger(__name__)
 
 
+def check_supported(config: EngineConfig) -> None:
+    """ConfigError when this machine or this version cannot do what the options ask; nothing is loaded."""
+    if resolve_device(config) == "cuda":
+        raise ConfigError("device cuda is not supported yet.", "device")
+    if config.batch_invariant and not ops.built():
+        raise ConfigError(
+            f"batch_invariant needs the compiled kernels, and they are not built. {ops.REBUILD}", "batch_invariant"
+        )
+
+
 class ModelRunner:
     """One device: weights, KV and rows.
 
@@ -51,12 +62,7 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, source: ModelSource, decoder: Decoder | None = None) -> None:
-        if resolve_device(config) == "cuda":
-            raise ConfigError("device cuda is not supported yet.", "device")
-        if config.batch_invariant and not ops.built():
-            raise ConfigError(
-                f"batch_invariant needs the compiled kernels, and they are not built. {ops.REBUILD}", "batch_invariant"
-            )
+        check_supported(config)
         spec = registry.spec(source.config) if decoder is None else decoder.spec
         self.memory: MemoryPlan = plan_memory(spec, config, resolve_dtype(config, source), machine_memory())
         for note in self.memory.notes:

@@ -1,13 +1,19 @@
 """The offline API as vLLM's users write it: forms of prompts, parameters, order of results, refusals by name."""
 
+import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from octavo import LLM, CompletionOutput, EngineArgs, LLMEngine, RequestOutput, SamplingParams
-from octavo.errors import ConfigError, OctavoError, RequestError
+from octavo.engine import stats
+from octavo.errors import ConfigError, EngineDead, OctavoError, RequestError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 
@@ -266,3 +272,118 @@ def test_broken_models(tmp_path: Path) -> None:
     for model in (str(empty), str(tmp_path / "none"), "/no/such/file.gguf"):
         with pytest.raises(OctavoError):
             LLM(model)
+
+
+def test_best_of_with_a_stop_string_ranks_what_was_cut(llm: LLM) -> None:
+    params = SamplingParams(n=1, best_of=3, temperature=1.0, seed=3, max_tokens=24, stop=["e", "."])
+    completion = llm.generate("Once upon a time", params, use_tqdm=False)[0].outputs[0]
+    assert completion.finish_reason == "stop" and completion.cumulative_logprob is not None
+    single = params.clone(n=3, best_of=3, logprobs=0)
+    every = llm.generate("Once upon a time", single, use_tqdm=False)[0].outputs
+    assert completion.cumulative_logprob == pytest.approx(max(c.cumulative_logprob or 0.0 for c in every), abs=1e-5)
+
+
+def test_an_id_can_be_used_again_after_its_abort(llm: LLM) -> None:
+    engine = llm.llm_engine
+    engine.add_request("a", "Once", GREEDY)
+    engine.step()
+    engine.abort_request("a")
+    engine.add_request("a", "Once upon", GREEDY)
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    assert outputs[-1].finished and outputs[-1].prompt == "Once upon" and len(outputs[-1].outputs[0].token_ids) == 6
+
+
+def test_requests_of_others_go_on_beside_generate(llm: LLM) -> None:
+    engine = llm.llm_engine
+    engine.add_request("short", "Once", GREEDY.clone(max_tokens=2), stream=False)
+    engine.add_request("long", "Once", GREEDY.clone(max_tokens=40, ignore_eos=True), stream=False)
+    assert len(ids(llm, ["Once", "upon"])) == 2
+    done = {}
+    while engine.has_unfinished_requests():
+        done |= {o.request_id: o for o in engine.step() if o.finished}
+    assert {name: len(o.outputs[0].token_ids) for name, o in done.items()} == {"short": 2, "long": 40}
+
+
+def test_threads_take_turns(llm: LLM) -> None:
+    wanted = ids(llm, "Once upon")
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: ids(llm, "Once upon"), range(8))) == [wanted] * 8
+
+
+def test_ctrl_c_leaves_the_engine_usable(llm: LLM) -> None:
+    wanted = ids(llm, "Once upon")
+    for delay in (0.05, 0.08, 0.11, 0.2):
+        timer = threading.Timer(delay, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["Once"] * 8, SamplingParams(max_tokens=400, ignore_eos=True), use_tqdm=False)
+        timer.join()
+        assert not llm.llm_engine.has_unfinished_requests()
+        llm.llm_engine.engine.check()
+        assert ids(llm, "Once upon") == wanted
+
+
+def test_a_step_broken_off_ends_the_engine_loudly() -> None:
+    llm = LLM("smollm2", max_model_len=64, num_gpu_blocks_override=16)
+    schedule = llm.llm_engine.engine._scheduler.schedule
+
+    def broken() -> Any:
+        schedule()
+        raise KeyboardInterrupt
+
+    llm.llm_engine.engine._scheduler.schedule = broken  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("Once", GREEDY, use_tqdm=False)
+    with pytest.raises(EngineDead, match="KeyboardInterrupt"):
+        llm.generate("Once", GREEDY, use_tqdm=False)
+
+
+def test_closed_means_closed() -> None:
+    llm = LLM("smollm2", max_model_len=64, num_gpu_blocks_override=16)
+    llm.close()
+    with pytest.raises(EngineDead, match="closed"):
+        llm.generate("Once", GREEDY, use_tqdm=False)
+
+
+def test_the_refused_prompt_of_a_batch_is_named(llm: LLM) -> None:
+    with pytest.raises(RequestError, match=r"prompt 1 of 3.*999999") as caught:
+        llm.generate(["a", [999999], "b"], GREEDY, use_tqdm=False)
+    assert caught.value.param == "prompt" and not llm.llm_engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize(("call", "param"), [
+    (lambda llm: llm.generate("a", {"n": 1}), "sampling_params"),
+    (lambda llm: llm.generate("a", SamplingParams), "sampling_params"),
+    (lambda llm: llm.generate({"prompt_token_ids": np.array(5)}), "prompt_token_ids"),
+    (lambda llm: llm.generate({"prompt_token_ids": {1, 2}}), "prompt_token_ids"),
+    (lambda llm: llm.chat({"role": "user", "content": "a"}), "messages"),
+    (lambda llm: llm.chat(m for m in ()), "messages"),
+    (lambda llm: llm.chat([{"role": "user", "content": "a"}], chat_template_kwargs={1: 2}), "chat_template_kwargs"),
+    (lambda llm: llm.llm_engine.add_request([1], "a", GREEDY), "request_id"),
+    (lambda llm: llm.llm_engine.add_request("x", "a", GREEDY, priority="a"), "priority"),
+    (lambda llm: llm.llm_engine.add_request("x", "a", GREEDY, priority=float("nan")), "priority"),
+    (lambda llm: llm.llm_engine.add_request("x", "a", GREEDY, arrival_time="x"), "arrival_time"),
+    (lambda llm: llm.llm_engine.add_request("x", "a", GREEDY, cache_salt=5), "cache_salt"),
+    (lambda llm: llm.llm_engine.abort_request(5), "request_id"),
+])
+def test_wrong_types_are_named(llm: LLM, call: Any, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        call(llm)
+    assert caught.value.param == param
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+def test_arrays_are_prompts(llm: LLM) -> None:
+    wanted = ids(llm, [[504, 3575, 282]])
+    assert ids(llm, torch.tensor([504, 3575, 282])) == wanted == ids(llm, np.array([[504, 3575, 282]]))
+
+
+def test_statistics_are_logged_when_asked_for(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "LOG_SECONDS", 0.0)
+    caplog.set_level("INFO", "octavo")
+    llm = LLM("smollm2", max_model_len=64, num_gpu_blocks_override=16, disable_log_stats=False)
+    llm.generate("Once", GREEDY, use_tqdm=False)
+    llm.close()
+    assert any("prefix" in r.getMessage().lower() and "running" in r.getMessage().lower() for r in caplog.records)

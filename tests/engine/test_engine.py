@@ -125,6 +125,7 @@ def test_an_abort_that_is_not_reported_frees_the_name_at_once():
         for _ in range(3):
             bench.step()
         assert bench.engine.abort("a", report=False) and not bench.engine.abort("a", report=False)
+        bench.started.clear()
         bench.add("a", prompt(2, 11), max_tokens=5, eos=())
         bench.run()
         assert bench.ends["a", 0].reason == "length" and bench.tokens("a") == bench.expected("a")
