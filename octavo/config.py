@@ -134,8 +134,10 @@ def nearest(name: str, known: set[str]) -> str:
     """" (did you mean X?)" for a misspelt name, else ""."""
     import difflib
 
-    match = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean {match[0]}?)" if match else ""
+    shared = os.path.commonprefix([name, *known]) if len(known) > 1 else ""  # a prefix that all have says nothing
+    short = {other[len(shared) :]: other for other in known}
+    match = difflib.get_close_matches(name[len(shared) :], short, 1)
+    return f" (did you mean {short[match[0]]}?)" if match else ""
 
 
 def unknown_environment(environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -123,11 +123,13 @@ def test_an_unknown_logging_level_is_named() -> None:
 
 
 def test_info() -> None:
-    done = run("info", OCTAVO_API_KEY="a-secret")
+    done = run("info", OCTAVO_PASSWORD="a-secret", OCTAVO_LOGGING_LEVEL="INFO")
     assert done.returncode == 0 and "a-secret" not in done.stdout + done.stderr
     assert [line for line in done.stdout.splitlines() if line[0] != " "] == [
         "versions", "devices", "kernels", "environment"]
     assert octavo.__version__ in done.stdout
+    variables = done.stdout.partition("environment\n")[2].split()
+    assert "OCTAVO_PASSWORD" in variables and "OCTAVO_LOGGING_LEVEL" in variables and "is set" not in done.stdout
 
 
 def test_plan_needs_a_config_only() -> None:

@@ -1,7 +1,7 @@
 """Start-up: importing octavo loads no torch, and neither import nor ``--help`` costs more than a moment.
 
-Times are compared with what the bare interpreter takes here and now, and bounded generously: a shared machine is slow
-at times, but not by the seconds that one import of torch takes.
+The promises are 0.3 s for the import and 0.5 s for ``octavo --help``. The best of several runs counts, and may take twice
+as long: a shared machine is slow at times, but hardly five times in a row.
 """
 
 import json
@@ -13,9 +13,9 @@ HEAVY = ("torch", "transformers", "tokenizers", "rich", "numpy", "huggingface_hu
 
 
 def seconds(*words: str) -> float:
-    """The quickest of three runs of the interpreter."""
+    """The quickest of five runs of the interpreter."""
     found = []
-    for _ in range(3):
+    for _ in range(5):
         start = time.perf_counter()
         subprocess.run([sys.executable, *words], check=True, capture_output=True)
         found.append(time.perf_counter() - start)
@@ -47,8 +47,8 @@ def test_heavy_modules_are_seen_when_they_are_loaded() -> None:
 
 
 def test_import_is_quick() -> None:
-    assert seconds("-c", "import octavo") - seconds("-c", "pass") < 0.3 * 3
+    assert seconds("-c", "import octavo") - seconds("-c", "pass") < 0.3 * 2
 
 
 def test_help_is_quick() -> None:
-    assert seconds("-m", "octavo", "--help") < 0.5 * 3
+    assert seconds("-m", "octavo", "--help") < 0.5 * 2

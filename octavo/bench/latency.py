@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean, median, quantiles
+from typing import Any
 
 from octavo.bench.workload import Offline, Workload, random_prompts, run
 from octavo.errors import ConfigError
@@ -48,28 +49,42 @@ class Latency:
 
 
 def measure(llm: Offline, workload: Workload, vocab_size: int, *, num_iters_warmup: int, num_iters: int, seed: int = 0,
-            clock: Callable[[], float] = time.perf_counter) -> Latency:
+            use_tqdm: bool = False, clock: Callable[[], float] = time.perf_counter) -> Latency:
     """Run one batch several times, greedily.
 
     Args:
         workload: from ``uniform``. vocab_size: ids of the random prompts lie below it.
         num_iters_warmup: runs that are not counted, 0 or more. num_iters: runs that are, 1 or more.
+        use_tqdm: show a bar on stderr that counts runs; it moves between them only.
     """
     for name, value, least in (("num_iters_warmup", num_iters_warmup, 0), ("num_iters", num_iters, 1)):
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}.", name)
     inputs, outputs = zip(*workload.lengths, strict=True)
     ones = [1] * len(outputs)
+    first_runs = 0 if max(outputs) == 1 else num_iters
+    bar = _progress(num_iters_warmup + num_iters + first_runs) if use_tqdm else None
 
     def timed(lens: list[int], salt: int) -> float:
         prompts = random_prompts(inputs, vocab_size, seed + salt)
         start = clock()
         run(llm, prompts, lens, 0.0, False)
-        return clock() - start
+        seconds = clock() - start
+        if bar is not None:
+            bar.update(1)
+        return seconds
 
     for i in range(num_iters_warmup):
         timed(list(outputs), i)
     base = num_iters_warmup
     seconds = [timed(list(outputs), base + i) for i in range(num_iters)]
-    first = seconds if max(outputs) == 1 else [timed(ones, base + num_iters + i) for i in range(num_iters)]
+    first = [timed(ones, base + num_iters + i) for i in range(first_runs)] or seconds
+    if bar is not None:
+        bar.close()
     return Latency(workload, tuple(seconds), tuple(first))
+
+
+def _progress(total: int) -> Any:
+    from tqdm import tqdm  # only when a bar is shown: its import costs 30 ms
+
+    return tqdm(total=total, desc="Runs of the batch", unit="run", dynamic_ncols=True)

@@ -9,14 +9,21 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from octavo.commands.console import number_text, print_table
-from octavo.commands.options import engine_options
+from octavo.commands.options import add_engine_args, engine_options, with_hint
 from octavo.config import EngineConfig, human_int
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from octavo.bench.workload import Workload
     from octavo.llm import LLM
 
+WORDS = {  # figures of the JSON line, in words for the table
+    "mean_s": "whole batch, mean", "median_s": "whole batch, median", "p90_s": "whole batch, 90th percentile",
+    "ttft_s": "time to the first token, median", "decode_tok_s": "decoding, all requests together",
+    "tpot_ms": "time per output token of a request", "output_tok_s": "output tokens",
+    "total_tok_s": "prompt and output tokens", "request_s": "requests", "elapsed_s": "time for all",
+}
+SHAPE = {"num_prompts": 64, "input_len": 128, "output_len": 64}  # throughput without --lengths: seconds on a CPU
 NOTE = "Prompts are random token ids; no tokenizer is loaded. The last line of the output is JSON."
 
 
@@ -28,18 +35,18 @@ def add_parser(commands: Any) -> None:
     latency.add_argument("--input-len", type=human_int, default=32, help="prompt tokens of a request (default: 32)")
     latency.add_argument("--output-len", type=human_int, default=128, help="output tokens of a request (default: 128)")
     latency.add_argument("--batch-size", type=human_int, default=8, help="requests at once (default: 8)")
-    latency.add_argument("--num-iters-warmup", type=human_int, default=10,
-                         help="runs before those that count (default: 10)")
-    latency.add_argument("--num-iters", type=human_int, default=30, help="runs that count (default: 30)")
+    latency.add_argument("--num-iters-warmup", type=human_int, default=2,
+                         help="runs before those that count (default: 2)")
+    latency.add_argument("--num-iters", type=human_int, default=10, help="runs that count (default: 10)")
     throughput = kinds.add_parser(
         "throughput", help="many requests at once", description=f"Time many requests given at once. {NOTE}")
-    throughput.add_argument("--num-prompts", type=human_int, help="requests; default: 1000, or all of --lengths")
-    throughput.add_argument("--input-len", type=human_int, help="prompt tokens of a request (default: 512)")
-    throughput.add_argument("--output-len", type=human_int, help="output tokens of a request (default: 128)")
+    throughput.add_argument("--num-prompts", type=human_int, help="requests (default: 64, or all of --lengths)")
+    throughput.add_argument("--input-len", type=human_int, help="prompt tokens of a request (default: 128)")
+    throughput.add_argument("--output-len", type=human_int, help="output tokens of a request (default: 64)")
     throughput.add_argument("--lengths", metavar="FILE", help="JSON list of [prompt tokens, output tokens] per request")
     throughput.add_argument("--temperature", type=float, default=0.0, help="of every request (default: 0, greedy)")
     for kind, run in ((latency, run_latency), (throughput, run_throughput)):
-        EngineConfig.add_cli_args(kind)
+        add_engine_args(kind)
         kind.set_defaults(run=run)
 
 
@@ -52,7 +59,7 @@ def run_latency(args: argparse.Namespace) -> int:
     llm, vocab_size = _load(args)
     try:
         found = latency.measure(llm, workload, vocab_size, num_iters_warmup=args.num_iters_warmup,
-                                num_iters=args.num_iters, seed=args.seed)
+                                num_iters=args.num_iters, seed=args.seed, use_tqdm=sys.stderr.isatty())
     finally:
         llm.close()
     _print(args, workload, found.figures())
@@ -80,8 +87,7 @@ def _workload(args: argparse.Namespace) -> "Workload":
     from octavo.bench.workload import read_lengths, uniform
 
     if args.lengths is None:
-        given = {"num_prompts": 1000, "input_len": 512, "output_len": 128}
-        given |= {name: getattr(args, name) for name in given if getattr(args, name) is not None}
+        given = SHAPE | {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
         return uniform(**given)
     for name in ("input_len", "output_len"):
         if getattr(args, name) is not None:
@@ -90,10 +96,13 @@ def _workload(args: argparse.Namespace) -> "Workload":
 
 
 def _load(args: argparse.Namespace) -> "tuple[LLM, int]":
-    config = EngineConfig.from_cli_args(args).replace(skip_tokenizer_init=True)
+    config = EngineConfig.from_cli_args(args).replace(skip_tokenizer_init=True, disable_log_stats=True)
     from octavo.llm import LLM  # loads torch, which --help and a wrong flag must not
 
-    llm = LLM(**engine_options(config))
+    try:
+        llm = LLM(**engine_options(config))
+    except ModelError as error:
+        raise with_hint(error, config) from error
     return llm, llm.llm_engine.group.info.vocab_size
 
 
@@ -102,6 +111,12 @@ def _print(args: argparse.Namespace, workload: "Workload", figures: dict[str, tu
 
     title = f"{args.model}: {len(workload.lengths)} requests, {workload.num_prompt_tokens} prompt and " \
             f"{workload.num_output_tokens} output tokens"
-    rows = [(name, number_text(value), unit) for name, (value, unit) in figures.items()]
+    rows = [(_words(name), number_text(value), unit) for name, (value, unit) in figures.items()]
     print_table(title, ("figure", "value", "unit"), rows, numeric={1})
     print(json_line(document(args.model, workload.name, figures, args.argv)))
+
+
+def _words(name: str) -> str:
+    """A figure's name for people: t0/output_tok_s is output tokens, temperature 0."""
+    prefix, _, figure = name.rpartition("/")
+    return WORDS[figure] + (f", temperature {prefix.removeprefix('t')}" if prefix else "")

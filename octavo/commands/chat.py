@@ -1,23 +1,26 @@
 """``octavo chat MODEL``: a conversation on the terminal or through a pipe, streamed token by token.
 
-Owns the conversation (its history and the two slash commands); it does not know templates or tokens. Invariant: the
+Owns the conversation (its history and the slash commands); it does not know templates or tokens. Invariant: the
 history holds whole turns only; a turn that was refused leaves no trace in it.
 """
 
 import argparse
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from octavo.commands.options import NOT_IN_CHAT, add_sampling_args, sampling_changes, with_changes
+from octavo.commands.options import NOT_IN_CHAT, add_engine_args, add_sampling_args, sampling_changes, with_changes
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError, RequestError
 from octavo.outputs import RequestOutput
 from octavo.params import SamplingParams
 
-HELP = "/reset forgets the conversation, /exit ends it (so does Ctrl-D); Ctrl-C stops an answer."
-
+HELP = "/reset forgets the conversation, /exit ends it (so does Ctrl-D), /help shows this; Ctrl-C stops an answer."
+FULL = "the conversation fills the context of {} tokens: /reset forgets it"
+COMMAND = re.compile(r"/\w*")  # a first word such as /etc/passwd is no command
+CONTEXT = "context_length_exceeded"
 
 Messages = list[dict[str, str]]
 
@@ -43,7 +46,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("chat", help="talk with a model", description=f"Talk with a model. {HELP}")
     parser.add_argument("--system-prompt", metavar="TEXT", help="first message of the conversation, in the system role")
     add_sampling_args(parser, without=NOT_IN_CHAT)
-    EngineConfig.add_cli_args(parser, model="positional")
+    add_engine_args(parser, model="positional")
     parser.set_defaults(run=run)
 
 
@@ -63,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
         encode = functools.partial(chat_prompt, engine.template, engine.get_tokenizer())
         if tty:
             print(HELP)
-        conversation = Conversation(engine, encode, params, args.system_prompt)
+        info = engine.group.info
+        longest = min(info.max_model_len, info.num_blocks * info.block_size)
+        conversation = Conversation(engine, encode, params, longest, args.system_prompt)
         return talk(conversation, _typed() if tty else _piped(), stoppable=tty)
     finally:
         engine.close()
@@ -74,21 +79,27 @@ class Conversation:
 
     Args:
         engine: adds requests and steps. encode: messages -> prompt text and token ids.
-        params: for every answer. system: text of the system message, or None.
+        params: for every answer; max_tokens becomes what fits where it is more.
+        longest: tokens of prompt and answer together. system: text of the system message, or None.
+
+    Attributes:
+        full: the last answer ended because no more tokens fit.
     """
 
     def __init__(self, engine: ChatEngine, encode: Callable[[Messages], tuple[str, list[int]]], params: SamplingParams,
-                 system: str | None = None) -> None:
+                 longest: int, system: str | None = None) -> None:
         self.engine = engine
         self.encode = encode
         self.params = params
+        self.longest = longest
+        self.full = False
         self.system: Messages = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self.system)
         self._turns = 0
 
     def reset(self) -> None:
         """Forget everything but the system message."""
-        self.messages = list(self.system)
+        self.messages, self.full = list(self.system), False
 
     def answer(self, text: str, write: Callable[[str], None], *, stoppable: bool = False) -> None:
         """Send a user message and stream the answer to ``write``.
@@ -97,14 +108,19 @@ class Conversation:
             stoppable: Ctrl-C ends the answer, which is kept as far as it came; else it ends the program.
 
         Raises:
-            OctavoError: the message was refused or the answer failed; the history is as before.
+            OctavoError: the message was refused (code context_length_exceeded: it does not fit) or the answer failed;
+                the history is as before.
         """
         talk = [*self.messages, {"role": "user", "content": text}]
         prompt, ids = self.encode(talk)
+        fits = self.longest - len(ids)
+        params = self.params
+        if fits >= 1 and params.max_tokens is not None and params.max_tokens > fits:
+            params = params.clone(max_tokens=fits, min_tokens=min(params.min_tokens, fits))
         self._turns += 1
         name = f"turn-{self._turns}"
-        self.engine.add_request(name, {"prompt": prompt, "prompt_token_ids": ids}, self.params)
-        shown = ""
+        self.engine.add_request(name, {"prompt": prompt, "prompt_token_ids": ids}, params)
+        shown, self.full = "", False
         try:
             while self.engine.has_unfinished_requests():
                 for output in self.engine.step():
@@ -113,6 +129,8 @@ class Conversation:
                     answer = output.outputs[0].text
                     write(answer[len(shown):])
                     shown = answer
+                    cut = output.outputs[0].finish_reason == "length"
+                    self.full = cut and len(output.outputs[0].token_ids) >= fits
         except KeyboardInterrupt:
             self.engine.abort_request(name)
             if not stoppable:
@@ -129,14 +147,30 @@ def talk(conversation: Conversation, lines: Iterator[str], *, stoppable: bool = 
             break
         if text == "/reset":
             conversation.reset()
+        elif text == "/help":
+            print(HELP, file=sys.stderr)
+        elif text and COMMAND.fullmatch(text.split()[0]):
+            print(f"octavo: error: unknown command {text.split()[0]}. {HELP}", file=sys.stderr)
+            code = 1
         elif text:
-            try:
-                conversation.answer(text, _write, stoppable=stoppable)
-            except OctavoError as error:
-                print(f"octavo: error: {error}", file=sys.stderr)
-                code = 1
-            print(flush=True)
+            code = max(code, _answer(conversation, text, stoppable))
     return code
+
+
+def _answer(conversation: Conversation, text: str, stoppable: bool) -> int:
+    """Answer one message; a context that is full is said in words that name the way out."""
+    full = FULL.format(conversation.longest)
+    try:
+        conversation.answer(text, _write, stoppable=stoppable)
+    except OctavoError as error:
+        known = isinstance(error, RequestError) and error.code == CONTEXT and conversation.messages
+        print(f"octavo: error: {full + '.' if known else error}", file=sys.stderr)
+        return 1
+    finally:
+        print(flush=True)
+    if conversation.full:
+        print(f"[{full}]", file=sys.stderr)
+    return 0
 
 
 def _write(text: str) -> None:

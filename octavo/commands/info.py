@@ -7,7 +7,7 @@ import argparse
 import os
 from typing import Any
 
-from octavo.config import ENVIRONMENT
+from octavo.config import ENVIRONMENT, nearest, unknown_environment
 
 
 def add_parser(commands: Any) -> None:
@@ -59,7 +59,8 @@ def _kernels() -> dict[str, str]:
 
 
 def _environment() -> dict[str, str]:
-    """The variables that Octavo reads; of a key only whether it is set."""
-    secret = {"OCTAVO_API_KEY"}
-    found = {name: "(set)" if name in secret else os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    """The variables that Octavo reads; of any other only that nothing reads it: it may hold a secret."""
+    found = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    known = set(ENVIRONMENT)
+    found |= {name: f"(set, but read by nothing{nearest(name, known)})" for name in unknown_environment()}
     return found or {"-": "no OCTAVO_* variable is set"}

@@ -9,10 +9,11 @@ import argparse
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from octavo.config import EngineConfig, human_int
-from octavo.errors import RequestError
+from octavo.errors import ModelError, RequestError
 from octavo.params import SamplingParams
 
 # Options of which this version accepts only the default; they exist so that a wish for them is refused by name.
@@ -139,3 +140,21 @@ def with_changes(defaults: SamplingParams, changes: Mapping[str, Any]) -> Sampli
 def engine_options(config: EngineConfig) -> dict[str, Any]:
     """The config as keyword arguments of LLM."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def with_hint(error: ModelError, config: EngineConfig) -> ModelError:
+    """The error; for a folder with config.json that lacks the rest, with the flags that do without, unless it names them."""
+    folder = Path(config.model).expanduser()
+    if not (folder / "config.json").is_file() or "skip_tokenizer_init" in str(error) or "load_format" in str(error):
+        return error
+    flags = []
+    if config.load_format != "dummy" and not _holds(folder, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"):
+        flags.append("--load-format dummy (weights are made up)")
+    bare = not _holds(folder, "tokenizer*", "vocab.json", "*.gguf")
+    if bare and not config.skip_tokenizer_init and config.tokenizer is None:
+        flags.append('--skip-tokenizer-init (prompts are then {"prompt_token_ids": [...]}, one per line of --input)')
+    return ModelError(f"{error} To do without: {' and '.join(flags)}.", error.param) if flags else error
+
+
+def _holds(folder: Path, *patterns: str) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))

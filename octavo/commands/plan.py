@@ -9,6 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from octavo.commands.console import print_table
+from octavo.commands.options import add_engine_args
 from octavo.config import EngineConfig, human_int
 from octavo.errors import ConfigError
 
@@ -23,7 +24,7 @@ def add_parser(commands: Any) -> None:
         description="Show where every byte of a device will go. Needs the model's config only, and no GPU.")
     parser.add_argument("--device-memory", type=human_int, metavar="BYTES",
                         help="plan for a device with so much memory, such as 80G; default: this machine")
-    EngineConfig.add_cli_args(parser, model="positional")
+    add_engine_args(parser, model="positional")
     parser.set_defaults(run=run)
 
 
@@ -62,15 +63,21 @@ def show(model: str, machine: "Machine", plan: "MemoryPlan") -> None:
     from octavo.worker.memory import size_text
 
     rows = [(row.name, size_text(row.bytes), row.how) for row in plan.rows]
-    rows.append(("total", size_text(plan.total), f"of {size_text(machine.available)} available"))
-    rows.append(("(host pool)", size_text(plan.host.bytes), plan.host.how))
+    host = ("host pool", size_text(plan.host.bytes), f"{plan.host.how}, for swapped requests")
+    left = f"of {size_text(machine.available)} available"
+    if machine.device == "cpu":  # one memory holds both pools
+        rows += [host, ("total", size_text(plan.total + plan.host.bytes), f"all of the above, host pool included, {left}")]
+    else:
+        rows += [("total", size_text(plan.total), f"all of the above, {left}"), (host[0], host[1], f"in host memory: {host[2]}")]
     print_table(f"Memory of {model} on a {machine.device} device", ("part", "size", "how"), rows, numeric={1})
     dtypes = [str(dtype).removeprefix("torch.") for dtype in (plan.dtype, plan.kv_dtype)]
+    one = plan.full_sequences == 1
+    fitting = f"{plan.full_sequences:,} such {'sequence fits' if one else 'sequences fit'} at once"
     facts = [
         ("weights, KV cache", f"{dtypes[0]}, {dtypes[1]}"),
         ("KV of a token", size_text(plan.block_bytes // plan.block_size)),
         ("tokens that fit", f"{plan.tokens:,} in {plan.num_blocks:,} blocks of {plan.block_size}"),
-        ("longest sequence", f"{plan.max_model_len:,} tokens; {plan.full_sequences:,} such sequences fit at once"),
+        ("longest sequence", f"{plan.max_model_len:,} tokens; {fitting}"),
         ("a step", f"at most {plan.max_num_seqs:,} sequences, {plan.max_num_batched_tokens:,} tokens"),
     ]
     if plan.window_waste:

@@ -20,6 +20,8 @@ FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "*.jinja", "chat_template.json", "generation_config.json", "config.json",
 )
+# One of these has to be there before transformers is asked, which makes an empty tokenizer out of nothing.
+VOCABULARIES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -36,8 +38,12 @@ def vocabulary_from_folder(folder: Path) -> tuple[Backend, TokenizerFacts]:
         backend = _from_file(folder / "tokenizer.json")
     elif all((folder / name).is_file() for name in ("vocab.json", "merges.txt")) and _is_gpt2(settings):
         backend = _from_gpt2(folder, settings)
-    else:
+    elif any(next(folder.glob(pattern), None) for pattern in VOCABULARIES):
         backend = _from_transformers(folder)
+    else:
+        raise ModelError(
+            f"{folder} holds no tokenizer. Name one with tokenizer, or use skip_tokenizer_init and give token ids.",
+            "tokenizer")
     named = {name: text for name in NAMED if (text := _text(settings.get(name)))}
     extra = settings.get("extra_special_tokens")
     if isinstance(extra, Mapping):  # names of a model's own, such as image_token
@@ -116,6 +122,12 @@ def _add_tokens(backend: Backend, settings: Mapping[str, Any], named: Mapping[st
     """Register what tokenizer_config.json adds to tokenizer.json; named special tokens are control tokens."""
     known = backend.get_added_tokens_decoder()
     listed = settings.get("added_tokens_decoder") or {}
+    file = folder / "tokenizer_config.json"
+    if not isinstance(listed, Mapping):
+        raise ModelError(f"{file}: added_tokens_decoder must map ids to tokens, got {listed!r:.80}.")
+    for key, entry in listed.items():
+        if not (key.isascii() and key.isdecimal() and len(key) < 12 and isinstance(entry, Mapping)):
+            raise ModelError(f"{file}: added_tokens_decoder must map ids to tokens, got {key!r:.80}: {entry!r:.80}.")
     for key in sorted(listed, key=int):
         token, entry = int(key), listed[key]
         content = _text(entry)
@@ -125,7 +137,7 @@ def _add_tokens(backend: Backend, settings: Mapping[str, Any], named: Mapping[st
         backend.add_tokens([AddedToken(content, **flags)])
         if backend.token_to_id(content) != token:
             raise ModelError(
-                f"{folder / 'tokenizer_config.json'} gives {content!r:.80} the id {token}, the vocabulary "
+                f"{file} gives {content!r:.80} the id {token}, the vocabulary "
                 f"{backend.token_to_id(content)}.")
     known = backend.get_added_tokens_decoder()
     special = {token.content for token in known.values() if token.special}
@@ -151,20 +163,25 @@ def _add_frame(backend: Backend, settings: Mapping[str, Any], named: Mapping[str
 def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Chat templates by name; files of their own win over tokenizer_config.json."""
     found: dict[str, str] = {}
-    given = settings.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
+    name, given = "tokenizer_config.json", settings.get("chat_template")
+    if given in (None, ""):
+        name = "chat_template.json"
+        given = read_json(folder / name).get("chat_template")
     if isinstance(given, str):
         found["default"] = given
     elif isinstance(given, list):
         for entry in given:
             if not isinstance(entry, Mapping) or not all(isinstance(entry.get(k), str) for k in ("name", "template")):
-                raise ModelError(f"{folder / 'tokenizer_config.json'}: chat_template holds {entry!r:.80}.")
+                raise ModelError(f"{folder / name}: chat_template holds {entry!r:.80}.")
             found[entry["name"]] = entry["template"]
+    elif given is not None:
+        raise ModelError(f"{folder / name}: chat_template must be a string or a list of named ones, got {given!r:.80}.")
     paths = {"default": folder / "chat_template.jinja"}
     paths |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    for name, path in paths.items():
+    for title, path in paths.items():
         if path.is_file():
             try:
-                found[name] = path.read_text(encoding="utf-8")
+                found[title] = path.read_text(encoding="utf-8")
             except (OSError, UnicodeError) as error:
                 raise ModelError(f"{path} cannot be read: {error!s:.200}.") from error
     return found

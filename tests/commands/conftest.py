@@ -23,12 +23,17 @@ def chat_prompt(template: str, tokenizer: None, messages: Any) -> tuple[str, lis
 
 
 class FakeEngine:
-    """LLMEngine's surface: a request is answered with its last line, a word a step; ``refuse`` is refused."""
+    """LLMEngine's surface: a request is answered with its last line, a word a step; ``refuse`` is refused.
+
+    Requests with stream=False are answered as FakeLLM does, one a step, the last one first.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.template = "template"
-        self.group = types.SimpleNamespace(info=types.SimpleNamespace(vocab_size=100))
+        self.group = types.SimpleNamespace(info=types.SimpleNamespace(
+            vocab_size=100, max_model_len=200, num_blocks=10, block_size=16))
+        self.whole: list[RequestOutput] = []
         self.requests: list[tuple[str, Any, SamplingParams]] = []
         self.running: dict[str, list[str]] = {}
         self.closed = False
@@ -45,16 +50,21 @@ class FakeEngine:
     def default_params(self, max_tokens: int | None = 16) -> SamplingParams:
         return DEFAULTS.clone(max_tokens=max_tokens)
 
-    def add_request(self, request_id: str, prompt: Any, sampling_params: SamplingParams) -> None:
+    def add_request(
+        self, request_id: str, prompt: Any, sampling_params: SamplingParams, *, stream: bool = True
+    ) -> None:
         self.requests.append((request_id, prompt, sampling_params))
-        text = prompt["prompt"].splitlines()[-1].removeprefix("user: ")
+        if not stream and prompt != "refuse":
+            self.whole.append(answer(request_id, prompt, sampling_params))
+            return
+        text = (prompt if isinstance(prompt, str) else prompt["prompt"]).splitlines()[-1].removeprefix("user: ")
         if text == "refuse":
             raise RequestError("prompt is refused, got 'refuse'.", "prompt")
         self.running[request_id] = text.upper().split()
 
     def step(self) -> list[RequestOutput]:
         self.on_step()
-        outputs = []
+        outputs = [self.whole.pop()] if self.whole else []
         for name, words in list(self.running.items()):
             index = sum(r[0] == name for r in self.requests)
             shown = self.shown.setdefault(name, [])
@@ -75,7 +85,7 @@ class FakeEngine:
         self.running.pop(request_id, None)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self.running)
+        return bool(self.running or self.whole)
 
     def close(self) -> None:
         self.closed = True
@@ -95,20 +105,22 @@ class FakeLLM:
     def generate(self, prompts: Any, sampling_params: Any = None, use_tqdm: bool = True) -> list[RequestOutput]:
         self.calls.append((prompts, sampling_params))
         each = [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else sampling_params
-        return [self._answer(str(i), *asked) for i, asked in enumerate(zip(prompts, each, strict=True))]
-
-    def _answer(self, name: str, prompt: Any, params: SamplingParams) -> RequestOutput:
-        text = prompt if isinstance(prompt, str) else prompt.get("prompt")
-        ids = prompt["prompt_token_ids"] if text is None else [1, 2]
-        if text == "fail":
-            outputs = [CompletionOutput(0, "", [], finish_reason="error")]
-            return RequestOutput(name, text, ids, outputs=outputs, finished=True, error="logits were not finite")
-        outputs = [CompletionOutput(i, (text or "").upper(), [7] * (params.max_tokens or 3), finish_reason="length")
-                   for i in range(params.n)]
-        return RequestOutput(name, text, ids, outputs=outputs, finished=True)
+        return [answer(str(i), *asked) for i, asked in enumerate(zip(prompts, each, strict=True))]
 
     def close(self) -> None:
         self.llm_engine.close()
+
+
+def answer(name: str, prompt: Any, params: SamplingParams) -> RequestOutput:
+    """The prompt in capitals; ``fail`` ends with an error."""
+    text = prompt if isinstance(prompt, str) else prompt.get("prompt")
+    ids = prompt["prompt_token_ids"] if text is None else [1, 2]
+    if text == "fail":
+        outputs = [CompletionOutput(0, "", [], finish_reason="error")]
+        return RequestOutput(name, text, ids, outputs=outputs, finished=True, error="logits were not finite")
+    outputs = [CompletionOutput(i, (text or "").upper(), [7] * (params.max_tokens or 3), finish_reason="length")
+               for i in range(params.n)]
+    return RequestOutput(name, text, ids, outputs=outputs, finished=True)
 
 
 LOADED: list[FakeEngine] = []

@@ -25,7 +25,7 @@ def engine(engines: list[Any]) -> Any:
 def conversation(engine: Any, system: str | None = None) -> Conversation:
     from octavo.text.chat import chat_prompt
 
-    return Conversation(engine, partial(chat_prompt, engine.template, None), engine.default_params(None), system)
+    return Conversation(engine, partial(chat_prompt, engine.template, None), engine.default_params(None), 160, system)
 
 
 def test_an_answer_is_streamed_piece_by_piece(engine: Any) -> None:
@@ -82,7 +82,7 @@ def test_ctrl_c_in_a_pipe_ends_the_program(engine: Any) -> None:
 
 def test_talk(engine: Any, capsys: pytest.CaptureFixture[str]) -> None:
     chat = conversation(engine)
-    lines = iter(["hello\n", "\n", "/reset\n", "/etc/passwd what\n", "/exit\n", "never\n"])
+    lines = iter(["hello\n", "\n", "/reset\n", "/help\n", "/etc/passwd what\n", "/exit\n", "never\n"])
     assert talk(chat, lines) == 0
     assert capsys.readouterr().out == "HELLO\n/ETC/PASSWD WHAT\n"
     assert [m["content"] for m in chat.messages] == ["/etc/passwd what", "/ETC/PASSWD WHAT"]
@@ -116,3 +116,46 @@ def test_what_makes_no_sense_in_a_chat_is_refused(capsys: pytest.CaptureFixture[
         main(["chat", "m", "--best-of", "2"])
     assert caught.value.code == 2
     assert "unknown flag --best-of" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_answered_with_those_that_exist(engine: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert talk(conversation(engine), iter(["/quit", "/quit now", "hello"])) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "HELLO\n" and captured.err.count("unknown command /quit. /reset forgets") == 2
+    assert len(engine.requests) == 1
+    assert talk(conversation(engine), iter(["/help"])) == 0
+    assert "/reset" in capsys.readouterr().err
+
+
+def test_a_full_context_names_the_way_out(engine: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = conversation(engine)
+    chat.answer("hello", lambda text: None)
+
+    def refuse(*args: Any) -> None:
+        raise RequestError("prompt has 170 tokens.", "prompt", "context_length_exceeded")
+
+    add, engine.add_request = engine.add_request, refuse
+    assert talk(chat, iter(["more"])) == 1
+    assert "the conversation fills the context of 160 tokens: /reset forgets it" in capsys.readouterr().err
+    engine.add_request = add
+    assert talk(chat, iter(["/reset", "again"])) == 0 and "AGAIN" in capsys.readouterr().out
+
+
+def test_an_answer_ends_with_the_tokens_that_fit(engine: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = conversation(engine)
+    chat.params = chat.params.clone(max_tokens=1000)
+    chat.encode = lambda messages: ("user: some words", [1] * 159)
+    step = engine.step
+
+    def cut() -> Any:
+        outputs = step()
+        for output in outputs:
+            if output.finished:
+                output.outputs[0].finish_reason = "length"
+        return outputs
+
+    engine.step = cut
+    assert talk(chat, iter(["some words"])) == 0
+    assert engine.requests[-1][2].max_tokens == 1
+    captured = capsys.readouterr()
+    assert captured.out == "SOME WORDS\n" and "/reset forgets it" in captured.err

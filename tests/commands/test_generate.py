@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from octavo.cli import main
-from octavo.commands.generate import parse_prompts, write_json, write_text
-from octavo.errors import RequestError
+from octavo.commands.generate import answers, parse_prompts, write_json, write_text
+from octavo.commands.options import with_hint
+from octavo.config import EngineConfig
+from octavo.errors import ModelError, RequestError
 from octavo.outputs import CompletionOutput, Logprob, RequestOutput
 
 
@@ -20,7 +22,8 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 
 def asked(engines: list[Any]) -> tuple[list[Any], Any]:
-    return engines[-1].llm.calls[-1]
+    requests = engines[-1].requests
+    return [prompt for _, prompt, _ in requests], requests[-1][2]
 
 
 def test_prompts_from_flags(engines: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,3 +158,76 @@ def test_json_has_words_for_everything(capsys: pytest.CaptureFixture[str]) -> No
                                                 "8": {"logprob": None, "rank": 2, "decoded_token": "\u20ac"}}]
     assert found["num_cached_tokens"] == 4 and found["prompt_logprobs"][0] is None and "\u20ac" in text
     assert " ".join(found) == "index prompt prompt_token_ids prompt_logprobs outputs num_cached_tokens error"
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal, and keeps what was written piece by piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.pieces.append(text)
+        return super().write(text)
+
+
+def test_a_single_prompt_is_streamed_to_a_terminal(monkeypatch: pytest.MonkeyPatch, engines: list[Any]) -> None:
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(["generate", "m", "--prompt", "one two three"]) == 0
+    assert out.getvalue() == "[0] \nONE TWO THREE\n\n"  # the fake echoes no prompt
+    assert [piece for piece in out.pieces if piece.strip()][1:] == ["ONE", " TWO", " THREE"]
+    assert err.getvalue() == "no --max-tokens: up to 160 tokens a prompt, the prompt included\n"
+    assert engines[-1].config.disable_log_stats
+
+
+def test_several_prompts_on_a_terminal_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(["generate", "m", "--prompt", "a", "--prompt", "b", "--max-tokens", "4"]) == 0
+    text = out.getvalue()
+    assert text.index("[0] a") < text.index("A  [length]") < text.index("[1] b") < text.index("B  [length]")
+    assert "no --max-tokens" not in err.getvalue()
+
+
+def test_a_result_is_written_once_those_before_it_are(engines: list[Any]) -> None:
+    from octavo.llm import LLMEngine
+
+    engine: Any = LLMEngine.from_engine_args(EngineConfig(model="m"))
+    steps: list[int] = []
+    engine.on_step = lambda: steps.append(1)
+    params = engine.default_params(4)
+    found = [(index, output.prompt, len(steps)) for index, output in answers(engine, ["a", "b", "c"], params)]
+    engine.close()
+    assert found == [(0, "a", 3), (1, "b", 3), (2, "c", 3)]  # the fake ends the last one first
+
+
+def test_a_refused_prompt_of_several_is_named(engines: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "m", "--prompt", "fine", "--prompt", "refuse"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and "prompt 1 of 2: prompt is refused" in captured.err
+
+
+def test_what_a_bare_folder_needs_is_said(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = EngineConfig(model=str(tmp_path))
+    text = str(with_hint(ModelError("no weights."), config))
+    assert text.startswith("no weights. ") and "--load-format dummy" in text and "--skip-tokenizer-init" in text
+    dummy = config.replace(load_format="dummy", skip_tokenizer_init=True)
+    for other in (dummy, config.replace(model="/no/such/folder")):
+        assert str(with_hint(ModelError("no weights."), other)) == "no weights."
+
+
+def test_help_shows_sampling_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    text = capsys.readouterr().out
+    places = [text.index(title) for title in ("\nsampling (", "\ninput and output:", "\nengine:", "\nnot supported yet")]
+    assert places == sorted(places)
+    assert all(text.rindex(flag) > places[3] for flag in ("--trust-remote-code", "--quantization", "-tp", "-pp"))
