@@ -88,6 +88,17 @@ void check_pairs(const Contract& c, const int32_t* pairs, int64_t num_pairs, int
               static_cast<long long>(src_blocks), static_cast<long long>(dst_blocks));
 }
 
+// Marks the destinations in a byte per block; two copies into one block would race.
+char* mark_destinations(const Contract& c, const int32_t* pairs, int64_t num_pairs, int64_t dst_blocks) {
+  auto* role = static_cast<char*>(scratch(0, dst_blocks));
+  std::memset(role, 0, static_cast<size_t>(dst_blocks));
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    c.require(!role[pairs[2 * i + 1]], "block %d is a destination twice", pairs[2 * i + 1]);
+    role[pairs[2 * i + 1]] = 1;
+  }
+  return role;
+}
+
 }  // namespace
 
 void write_kv(const Tensor& key, const Tensor& value, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
@@ -132,12 +143,7 @@ void copy_blocks(const Tensor& kv, const Tensor& pairs) {
   check_pairs(c, pair, c['N'], c['B'], c['B']);
   if (c['N'] == 0) return;
   // Destinations are written once and no source is a destination, so the order of the copies cannot matter.
-  auto* role = static_cast<char*>(scratch(0, c['B']));
-  std::memset(role, 0, static_cast<size_t>(c['B']));
-  for (int64_t i = 0; i < c['N']; ++i) {
-    c.require(!role[pair[2 * i + 1]], "block %d is a destination twice", pair[2 * i + 1]);
-    role[pair[2 * i + 1]] = 1;
-  }
+  const char* role = mark_destinations(c, pair, c['N'], c['B']);
   for (int64_t i = 0; i < c['N']; ++i) c.require(!role[pair[2 * i]], "block %d is both a source and a destination", pair[2 * i]);
   copy_pairs(kv, kv, pair, c['N']);
 }
@@ -151,6 +157,7 @@ void swap_blocks(const Tensor& src, const Tensor& dst, const Tensor& pairs) {
             static_cast<long long>(dst.item_size));
   check_pairs(c, pairs.ptr<int32_t>(), c['N'], c['A'], c['B']);
   if (c['N'] == 0) return;
+  mark_destinations(c, pairs.ptr<int32_t>(), c['N'], c['B']);
   copy_pairs(src, dst, pairs.ptr<int32_t>(), c['N']);
 }
 

@@ -5,6 +5,7 @@ network's maths. It knows no family. Invariant: an entry is understood, known to
 ModelError that names it and its value; JSON's null counts as absent.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -33,6 +34,7 @@ SCALINGS = {
     "default": "none", "none": "none", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3", "yarn": "yarn",
     "longrope": "longrope", "su": "longrope",
 }
+MAX_LAYERS = 2000  # far beyond any network: a mistyped number must not build layers for hours
 _ROPE_ENTRIES = {
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
     "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
@@ -81,7 +83,16 @@ class Entries:
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise _wrong(name, "a number", value)
+        if not math.isfinite(value):
+            raise _wrong(name, "a finite number", value)
         return float(value)
+
+    def layers(self, name: str) -> int:
+        """The number of layers, checked before anything is made of it."""
+        count = self.whole(name)
+        if not 1 <= count <= MAX_LAYERS:
+            raise _wrong(name, f"from 1 to {MAX_LAYERS}", count)
+        return count
 
     def flag(self, name: str, default: bool) -> bool:
         """true or false."""
@@ -168,6 +179,8 @@ class Entries:
         found = self.values.get(name)
         if nested is not None and isinstance(found, Mapping):
             found = found.get(nested)
+        elif name == "rope_parameters":
+            agree(self, found, theta="rope_theta", scaling="rope_scaling")
         if found is None:
             return Entries({})
         if not isinstance(found, Mapping):
@@ -201,11 +214,13 @@ def _rope(config: Entries, r: Entries, head_dim: int, base: float) -> RopeSpec:
         original = config.whole("original_max_position_embeddings", trained) if scaling != "dynamic" else trained or 0
         stretch = (length or original) / original if scaling in ("yarn", "longrope") and original else None
         factor = r.number("factor", stretch)
+        if factor <= 0:
+            raise _wrong("the rope's factor", "positive", factor)
     return RopeSpec(
         base=r.number("rope_theta", config.number("rope_theta", base)),
         rotary_dim=rotary_dim,
         scaling=cast(Any, scaling),
-        factor=factor or 1.0,
+        factor=factor if scaling != "none" else 1.0,
         original_max_len=int(original),
         low_freq_factor=r.number("low_freq_factor") if scaling == "llama3" else 1.0,
         high_freq_factor=r.number("high_freq_factor") if scaling == "llama3" else 4.0,
@@ -228,5 +243,22 @@ def _divisors(r: Entries, name: str, rotary_dim: int) -> tuple[float, ...]:
     return tuple(float(v) for v in value or ())
 
 
+def agree(config: Entries, parameters: Any, *, theta: str, scaling: str = "", where: str = "rope_parameters") -> None:
+    """ModelError where a config holds its rotary entries in the new form and in the old one, and they disagree."""
+    if not isinstance(parameters, Mapping):
+        return
+    pairs = [(theta, config.values.get(theta), parameters.get("rope_theta"))]
+    old = config.values.get(scaling)
+    if isinstance(old, Mapping):
+        kind, new_kind = (str(m.get("rope_type") or m.get("type") or "default") for m in (old, parameters))
+        pairs.append((scaling, SCALINGS.get(kind, kind), SCALINGS.get(new_kind, new_kind)))
+        rest = [key for key in old if key not in ("rope_type", "type")]
+        pairs += [(f"{scaling}.{key}", old[key], parameters.get(key, None if key == "rope_theta" else "nothing")) for key in rest]
+    for name, before, now in pairs:
+        if before is not None and now is not None and before != now:
+            text = f"the config holds {name} ({before!r:.80}) and {where} ({now!r:.80}), and they disagree; keep one"
+            raise ModelError(f"{text}.", "rope_parameters")
+
+
 def _wrong(name: str, wanted: str, value: Any) -> ModelError:
-    return ModelError(f"{name} in the config must be {wanted}, got {value!r}.", name)
+    return ModelError(f"{name} in the config must be {wanted}, got {value!r:.200}.", name)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from octavo.errors import ModelError
-from octavo.models.entries import Entries
+from octavo.models.entries import Entries, agree
 from octavo.models.llama import llama_like
 from octavo.models.names import Name, under
 from octavo.models.spec import DecoderSpec, LayerSpec, RopeSpec
@@ -114,6 +114,8 @@ def _two_ropes(e: Entries) -> tuple[RopeSpec, RopeSpec]:
     if not isinstance(nested, Mapping) or not nested.keys() <= {"full_attention", "sliding_attention"}:
         text = f"rope_parameters in the config must hold full_attention and sliding_attention, got {nested!r}."
         raise ModelError(text, "rope_parameters")
+    agree(e, nested.get("full_attention"), theta="rope_theta", scaling="rope_scaling", where="rope_parameters.full_attention")
+    agree(e, nested.get("sliding_attention"), theta="rope_local_base_freq", where="rope_parameters.sliding_attention")
     inner = Entries({k: e.values.get(k) for k in ("rope_parameters", "max_position_embeddings")})
     return inner.rope(dim, base=1e6, nested="full_attention"), inner.rope(dim, base=1e4, nested="sliding_attention")
 

@@ -249,9 +249,10 @@ class _Cursor:
         num_bytes = count // elements * width
         if offset % alignment:
             raise self.error(f"tensor {name!r} begins at {offset}, which is not aligned to {alignment}")
-        beyond = base + offset + num_bytes - self.end
-        if beyond > 0:
-            raise self.error(f"it is truncated, tensor {name!r} ends {beyond} bytes behind the end of the file")
+        needed = base + offset + num_bytes
+        if needed > self.end:
+            text = f"is truncated: tensor {name!r} needs bytes up to {needed}, the file has {self.end}"
+            raise ModelError(f"{self.path} {text}.", "model")
         return GgufTensor(name, shape, kind, base + offset, num_bytes)
 
 

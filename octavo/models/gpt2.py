@@ -68,7 +68,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         head_dim=dim,
         intermediate=e.whole("n_inner", 4 * hidden),
         max_len=e.whole("n_positions", 1024),
-        layers=(LayerSpec(rope=None),) * e.whole("n_layer"),
+        layers=(LayerSpec(rope=None),) * e.layers("n_layer"),
         norm="layer",
         norm_eps=e.number("layer_norm_epsilon", 1e-5),
         norm_bias=True,

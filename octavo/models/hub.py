@@ -22,6 +22,7 @@ from octavo.errors import ModelError
 from octavo.log import get_logger
 from octavo.models.gguf import MAGIC, GgufFile
 from octavo.models.gguf_config import config_of
+from octavo.models.overrides import apply, check_tokens
 from octavo.models.source import ModelSource
 from octavo.models.weights import read_json
 
@@ -29,6 +30,7 @@ log = get_logger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+LONGEST_ID = 200  # the hub allows 96 characters
 OFFLINE = "Without a network, give the path of a local folder or of a .gguf file instead."
 
 
@@ -65,20 +67,34 @@ def resolve(config: EngineConfig) -> ModelSource:
         ModelError: nothing of that name, a download that fails, or files that cannot be read; it says what to do.
     """
     name = str(config.model)
-    path = Path(name).expanduser()
+    path, kind = _local(name)
     if name in PINNED:
         found = _gguf(fetch_pinned(PINNED[name]), name)
-    elif path.is_dir():
+    elif kind == "folder":
         found = _folder(path, name, config.load_format)
-    elif path.is_file():
+    elif kind == "file":
         found = _gguf(path, name)
-    elif HUB_ID.fullmatch(name) and not name.endswith(".gguf"):
+    elif name.endswith(".gguf"):
+        raise ModelError(f"model {name!r:.200}: no such file.", "model")
+    elif HUB_ID.fullmatch(name) and len(name) <= LONGEST_ID:
         found = _folder(_snapshot(name, config), name, config.load_format)
     else:
         known = f"neither {', '.join(PINNED)}, nor a folder, nor a .gguf file, nor the id of a hub repository"
-        raise ModelError(f"model {name!r} is {known}.", "model")
-    merged = found.config | dict(config.hf_overrides)
+        raise ModelError(f"model {name!r:.200} is {known}.", "model")
+    merged = apply(found.config, config.hf_overrides)
+    check_tokens(merged, merged, "config.json" if found.kind == "folder" else "the GGUF file's metadata")
+    check_tokens(found.generation_config, merged, "generation_config.json")
     return ModelSource(found.kind, found.path, merged, found.generation_config, name)
+
+
+def _local(name: str) -> tuple[Path, str]:
+    """The path that a name would be, and what lies there: "folder", "file" or "" for nothing."""
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        return path, "folder" if path.is_dir() else "file" if path.is_file() else ""
+    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a null byte
+        return path, ""
 
 
 def cache_dir() -> Path:
@@ -90,8 +106,11 @@ def cache_dir() -> Path:
 
 
 def _gguf(path: Path, name: str) -> ModelSource:
-    with path.open("rb") as file:
-        begins = file.read(len(MAGIC))
+    try:
+        with path.open("rb") as file:
+            begins = file.read(len(MAGIC))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error}.", "model") from error
     if begins != MAGIC:
         raise ModelError(f"{path} is a file but not GGUF (it begins with {begins!r}).", "model")
     config = config_of(GgufFile(path))
@@ -132,16 +151,11 @@ def fetch_pinned(
     """
     cache = cache_dir()
     path, stamp = cache / pinned.file_name, cache / f"{pinned.file_name}.sha256"
-    if path.is_file():
-        if not verify and _read(stamp) == _stamp(path, pinned.sha256):
+    try:
+        if _cached(path, stamp, pinned, verify):
             return path
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found == pinned.sha256:
-            stamp.write_text(_stamp(path, found))
-            return path
-        log.warning("%s has SHA-256 %s instead of %s: fetching it again.", path, found, pinned.sha256)
-        path.unlink()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be used: {error}.", "model") from error
     try:
         cache.mkdir(parents=True, exist_ok=True)
         # On the same file system as its final place, so that the last step is one rename.
@@ -152,8 +166,32 @@ def fetch_pinned(
             part.replace(path)
     except OSError as error:
         raise ModelError(f"{pinned.file_name} cannot be put into {cache}: {error}.", "model") from error
-    stamp.write_text(_stamp(path, pinned.sha256))
+    _write_stamp(stamp, path, pinned)
     return path
+
+
+def _cached(path: Path, stamp: Path, pinned: Pinned, verify: bool) -> bool:
+    """True where the cache holds the right file; a wrong one is deleted."""
+    if not path.is_file():
+        return False
+    if not verify and _read(stamp) == _stamp(path, pinned.sha256):
+        return True
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found == pinned.sha256:
+        _write_stamp(stamp, path, pinned)
+        return True
+    log.warning("%s has SHA-256 %s instead of %s: fetching it again.", path, found, pinned.sha256)
+    path.unlink()
+    return False
+
+
+def _write_stamp(stamp: Path, path: Path, pinned: Pinned) -> None:
+    """Save the next start from hashing the file; a cache that cannot be written costs that time and nothing else."""
+    try:
+        stamp.write_text(_stamp(path, pinned.sha256))
+    except OSError as error:
+        log.debug("%s cannot be written (%s): the file is hashed again at the next start", stamp, error)
 
 
 def _read(path: Path) -> str:

@@ -57,7 +57,7 @@ def llama_like(
         head_dim=dim,
         intermediate=e.whole("intermediate_size"),
         max_len=e.max_len(rope, 2048),
-        layers=(LayerSpec(),) * e.whole("num_hidden_layers"),
+        layers=(LayerSpec(),) * e.layers("num_hidden_layers"),
         ropes=(rope,),
         norm_eps=e.number("rms_norm_eps", 1e-6),
         attn_scale=dim**-0.5,

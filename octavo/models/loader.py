@@ -35,14 +35,15 @@ def load_model(source: ModelSource, config: EngineConfig, dtype: torch.dtype, ma
     # Embeddings are scaled by the number as the weights' type holds it: that is what the checkpoint was trained with.
     spec = replace(spec, embedding_scale=float(torch.tensor(spec.embedding_scale, dtype=dtype)))
     if config.load_format == "dummy":
-        decoder = Decoder(spec, dtype=dtype, max_model_len=max_model_len, packed=True)
+        decoder = _build(spec, dtype, max_model_len)
         for name, tensor in weights.dummy(decoder.expected(), spec, dtype):
             decoder.load(name, tensor)
         decoder.finish()
         return decoder
     checkpoint = weights.open_checkpoint(source, spec, dtype, config.load_format)
-    decoder = Decoder(spec, dtype=dtype, max_model_len=max_model_len, packed=True)
     family = registry.family_of(source.config)
+    _check_layers(checkpoint, spec, family.NAMES)
+    decoder = _build(spec, dtype, max_model_len)
     for name, entry, targets in _claims(checkpoint, spec, set(decoder.expected()), family.NAMES, family.IGNORED):
         # Popped, so that a file that could not be mapped gives its memory back tensor by tensor.
         parts = _parts(name, entry, len(targets), checkpoint.pop(name)(), spec)
@@ -50,6 +51,27 @@ def load_model(source: ModelSource, config: EngineConfig, dtype: torch.dtype, ma
             decoder.load(target, tensor)
     decoder.finish()
     return decoder
+
+
+def _build(spec: DecoderSpec, dtype: torch.dtype, max_model_len: int) -> Decoder:
+    try:
+        return Decoder(spec, dtype=dtype, max_model_len=max_model_len, packed=True)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        sizes = f"{spec.vocab_size} tokens, hidden size {spec.hidden}, {spec.num_layers} layers"
+        text = f"the network that the config describes ({sizes}) does not fit this machine's memory"
+        raise ModelError(f"{text}: {error}.", "model") from error
+
+
+def _check_layers(checkpoint: Iterable[str], spec: DecoderSpec, names: tuple[Name, ...]) -> None:
+    """ModelError where the config asks for layers that have no tensor at all: said before the layers are built."""
+    claims = (match(name, names) for name in checkpoint)
+    found = {claim[1] for claim in claims if claim is not None and claim is not IGNORED and claim[1] is not None}
+    absent = [i for i in range(spec.num_layers) if i not in found]
+    if found and len(absent) > 0:
+        text = f"the config says {spec.num_layers} layers, but it misses every tensor of layer {absent[0]}"
+        raise ModelError(f"the checkpoint does not fit its config ({spec.family}): {text}.", "model")
 
 
 def _claims(

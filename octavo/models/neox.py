@@ -47,7 +47,7 @@ NAMES = (
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
     """The network of a GPT-NeoX config."""
     # The rotary entries have names of their own in files from before rope_parameters.
-    old = {"partial_rotary_factor": config.get("rotary_pct", 0.25), "rope_theta": config.get("rotary_emb_base", 1e4)}
+    old = {"partial_rotary_factor": config.get("rotary_pct", 0.25), "rope_theta": config.get("rotary_emb_base")}
     e = Entries.of({**old, **config})
     hidden, num_heads, rows = e.whole("hidden_size"), e.whole("num_attention_heads"), e.whole("vocab_size")
     dim = e.head_dim(hidden, num_heads)
@@ -63,7 +63,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         head_dim=dim,
         intermediate=e.whole("intermediate_size"),
         max_len=e.max_len(rope, 2048),
-        layers=(LayerSpec(),) * e.whole("num_hidden_layers"),
+        layers=(LayerSpec(),) * e.layers("num_hidden_layers"),
         ropes=(rope,),
         norm="layer",
         norm_eps=e.number("layer_norm_eps", 1e-5),

@@ -54,7 +54,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         head_dim=dim,
         intermediate=e.whole("ffn_dim"),
         max_len=length,
-        layers=(LayerSpec(rope=None),) * e.whole("num_hidden_layers"),
+        layers=(LayerSpec(rope=None),) * e.layers("num_hidden_layers"),
         norm="layer",
         norm_eps=1e-5,
         norm_bias=True,

@@ -6,6 +6,7 @@ decoder can build; everything else was refused by a ModelError that names the en
 """
 
 import importlib
+import math
 from typing import Any, Protocol, cast
 
 from octavo.errors import ModelError
@@ -87,12 +88,23 @@ def _check(s: DecoderSpec, architecture: str) -> None:
         # The upper bound is far beyond any network and keeps a mistyped config from asking for terabytes.
         need(type(getattr(s, size)) is int and 0 < getattr(s, size) < 2**28, f"{size} is {getattr(s, size)!r}")
     need(len(s.layers) > 0, "it has no layers")
+    for size in ("positions", "embedding_dim"):
+        need(0 <= getattr(s, size) < 2**28, f"{size} is {getattr(s, size)!r}")
+    epsilon = "the norms' epsilon (rms_norm_eps, layer_norm_eps or layer_norm_epsilon)"
+    need(0 <= s.norm_eps < 1, f"{epsilon} is {s.norm_eps!r}")
     need(s.num_heads % s.num_kv_heads == 0, f"{s.num_heads} heads cannot share {s.num_kv_heads} key-value heads")
     need(s.embedding_rows >= s.vocab_size, f"{s.vocab_size} tokens do not fit {s.embedding_rows} embedding rows")
     for layer in s.layers:
-        need(layer.window >= 0, f"a window is {layer.window}")
+        need(0 <= layer.window < 2**31, f"a window is {layer.window}")
         need(layer.rope is None or 0 <= layer.rope < len(s.ropes), "a layer points at a rope table that is not there")
     for rope in s.ropes:
         even = rope.rotary_dim % 2 == 0
         need(even and 0 < rope.rotary_dim <= s.head_dim, f"{rope.rotary_dim} of {s.head_dim} dims rotate")
-        need(rope.base > 0, f"the rope base is {rope.base!r}")
+        need(math.isfinite(rope.base) and rope.base > 0, f"the rope base (rope_theta) is {rope.base!r}")
+        need(math.isfinite(rope.factor) and rope.factor > 0, f"the rope factor is {rope.factor!r}")
+        stretched = rope.scaling not in ("none", "linear")
+        length = rope.original_max_len
+        need(0 <= length < 2**31 and (length > 0 or not stretched), f"the rope's original length is {length}")
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        need(0 < low < high, f"the rope's low_freq_factor is {low!r} and its high_freq_factor {high!r}")
+        need(rope.beta_fast > 0 and rope.beta_slow > 0, f"the rope's betas are {rope.beta_fast!r} and {rope.beta_slow!r}")

@@ -31,6 +31,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NOT_WEIGHTS = {
     "training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt", "rng_state.pth",
 }
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DUMMY_BLOCK = 1 << 20
 DUMMY_SCALE = 0.02
 
@@ -60,7 +61,10 @@ def open_checkpoint(
     if load_format != "safetensors" and (files := _files(source.path, "pytorch_model.bin", "*.bin", "*.pt", "*.pth")):
         return _merge(_torch(path) for path in files)
     wanted = {"auto": "*.safetensors, *.bin or *.pt", "safetensors": "*.safetensors", "pt": "*.bin or *.pt"}
-    raise ModelError(f"{source.path} holds no weights ({wanted[load_format]}).", "model")
+    hint = "use load_format dummy to run it with made-up ones"
+    if not any((source.path / name).is_file() for name in TOKENIZERS):
+        hint += ", and skip_tokenizer_init because it has no tokenizer either"
+    raise ModelError(f"{source.path} holds no weights ({wanted[load_format]}); {hint}.", "model")
 
 
 def dummy(
@@ -160,6 +164,9 @@ def _torch(path: Path) -> Checkpoint:
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ModelError(f"{path}: entry {name!r} is a {type(tensor).__name__}, not a tensor.", "model")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            kind = "on the meta device and has no values" if tensor.is_meta else f"sparse ({tensor.layout})"
+            raise ModelError(f"{path}: tensor {name!r} is {kind}; only plain tensors can be loaded.", "model")
     return {name: functools.partial(_float, tensor, name, path) for name, tensor in state.items()}
 
 

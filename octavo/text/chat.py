@@ -6,6 +6,7 @@ only the template makes control tokens, never a message; without control-token s
 of the rendered text.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ RESERVED = ("messages", "tools", "chat_template", "tokenize", "add_generation_pr
 REASONING = ("reasoning_content", "thinking", "reasoning")
 CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 MAX_DEPTH = 128
+READS_TEXT = re.compile(r"""\.text\b|['"]text['"]""")
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -36,12 +38,15 @@ class ChatTemplate:
         origin: for messages.
 
     Raises:
-        ModelError: a template is no valid Jinja.
+        ModelError: a template is no valid Jinja. RequestError: it is no string.
     """
 
     def __init__(self, templates: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None,
                  origin: str = "chat template") -> None:
-        self.templates = {"default": templates} if isinstance(templates, str) else dict(templates)
+        listed = templates if isinstance(templates, Mapping) else {"default": templates}
+        if not all(isinstance(text, str) for text in [*listed, *listed.values()]):
+            raise RequestError(f"chat_template must be a string, got {templates!r:.200}.", "chat_template")
+        self.templates = dict(listed)
         self.special_tokens, self.origin = dict(special_tokens or {}), origin
         for text in self.templates.values():
             compile_template(text, origin)
@@ -56,8 +61,8 @@ class ChatTemplate:
         return self.templates[name]
 
     def render(self, messages: Messages, tools: Tools | None = None, add_generation_prompt: bool = True,
-               continue_final_message: bool | str = False, **kwargs: Any) -> str:
-        """The prompt text.
+               continue_final_message: bool | str = False, /, **kwargs: Any) -> str:
+        """The prompt text. All but the template's variables go by position, so that these may have any name.
 
         Args:
             messages: dicts with role (system, developer, user, assistant, tool) and content (a string, or parts); other
@@ -78,12 +83,17 @@ class ChatTemplate:
         for name in kwargs:
             if name in RESERVED:
                 raise RequestError(f"chat_template_kwargs may not name {name}.", "chat_template_kwargs")
+        for field, given, kinds, known in (
+                ("add_generation_prompt", add_generation_prompt, bool, "true or false"),
+                ("continue_final_message", continue_final_message, (bool, str), "true, false or a field's name")):
+            if not isinstance(given, kinds):
+                raise RequestError(f"{field} must be {known}, got {given!r:.200}.", field)
         if add_generation_prompt and continue_final_message:
             raise RequestError(
                 "continue_final_message cannot be combined with add_generation_prompt.", "continue_final_message")
         text = self.source(tools)
         plain_tools = None if tools is None else [_object(tool, "tools") for tool in _list(tools, "tools")]
-        chat = [_message(message, "developer" in text) for message in _list(messages, "messages")]
+        chat = [_message(message, text) for message in _list(messages, "messages")]
         if not chat:
             raise RequestError("messages must not be empty, got [].", "messages")
         variables = {"documents": None, **plain(kwargs, "chat_template_kwargs")}
@@ -102,7 +112,7 @@ class ChatTemplate:
 
 def chat_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: Messages, tools: Tools | None = None,
                 add_generation_prompt: bool = True, continue_final_message: bool | str = False,
-                **kwargs: Any) -> tuple[str, list[int]]:
+                /, **kwargs: Any) -> tuple[str, list[int]]:
     """The prompt text and its ids; arguments and errors as ``ChatTemplate.render``.
 
     Strings such as ``<|im_end|>`` inside anything the client sent (contents, names, arguments, tool schemas, kwargs)
@@ -127,7 +137,7 @@ def chat_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: Messages
 
 def encode_chat(template: ChatTemplate, tokenizer: Tokenizer, messages: Messages, tools: Tools | None = None,
                 add_generation_prompt: bool = True, continue_final_message: bool | str = False,
-                **kwargs: Any) -> list[int]:
+                /, **kwargs: Any) -> list[int]:
     """The ids of ``chat_prompt``."""
     return chat_prompt(template, tokenizer, messages, tools, add_generation_prompt, continue_final_message, **kwargs)[1]
 
@@ -174,6 +184,9 @@ def plain(value: Any, field: str, depth: int = 0) -> Any:
     if depth > MAX_DEPTH:
         raise RequestError(f"{field} must not be nested deeper than {MAX_DEPTH}.", field)
     if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise RequestError(f"{field} must have strings for keys, got {key!r:.200}.", field)
         return {plain(key, field, depth + 1): plain(item, field, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item, field, depth + 1) for item in value]
@@ -196,7 +209,7 @@ def _object(value: Any, field: str) -> dict[str, Any]:
     return found
 
 
-def _message(value: Any, knows_developer: bool) -> dict[str, Any]:
+def _message(value: Any, template: str) -> dict[str, Any]:
     # None counts as absent: templates would write it out.
     message = {key: item for key, item in _object(value, "messages").items() if item is not None}
     role = message.get("role")
@@ -208,9 +221,27 @@ def _message(value: Any, knows_developer: bool) -> dict[str, Any]:
     parts = content if isinstance(content, list) else []
     if not isinstance(content, (str, list)) or not all(isinstance(part, dict) for part in parts):
         raise RequestError(f"messages: content must be a string or a list of parts, got {content!r:.200}.", "messages")
-    if role == "developer" and not knows_developer:
+    if isinstance(content, list):
+        message["content"] = _parts(parts, template)
+    if role == "developer" and "developer" not in template:
         message["role"] = "system"
     return message
+
+
+def _parts(parts: list[dict[str, Any]], template: str) -> Any:
+    """Content parts for a template: as they are if it reads their text, else as one string."""
+    for part in parts:
+        kind = part.get("type", "text")
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise RequestError(
+                    f"messages: a content part of type 'text' must have a string as text, got {part!r:.200}.", "messages")
+        elif f"'{kind}'" not in template and f'"{kind}"' not in template:
+            raise RequestError(f"messages: content part of type {kind!r:.80} is not supported.", "messages")
+    # A template that tells parts apart, but takes the text of none, would write them as Python does, or drop them.
+    if READS_TEXT.search(template) or any(part.get("type", "text") != "text" for part in parts):
+        return parts
+    return "\n".join(part["text"] for part in parts)
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

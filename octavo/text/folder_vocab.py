@@ -42,7 +42,8 @@ def vocabulary_from_folder(folder: Path) -> tuple[Backend, TokenizerFacts]:
         backend = _from_transformers(folder)
     else:
         raise ModelError(
-            f"{folder} holds no tokenizer. Name one with tokenizer, or use skip_tokenizer_init and give token ids.",
+            f"{folder} holds no tokenizer. Name one with tokenizer, or use skip_tokenizer_init and give token ids "
+            "(a folder with only config.json also needs load_format dummy).",
             "tokenizer")
     named = {name: text for name in NAMED if (text := _text(settings.get(name)))}
     extra = settings.get("extra_special_tokens")

@@ -49,8 +49,8 @@ class Plain:
             number_of: int = self._copy.token_to_id(alias)  # type: ignore[assignment]  # just added
             self._original[number_of] = token_id
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of a text in which only aliases are control tokens."""
+    def encode(self, text: str, add_special_tokens: bool = False, field: str = "prompt") -> list[int]:
+        """Ids of a text in which only aliases are control tokens; ``field`` names the text in an error."""
         encoding = self._copy.encode(text, add_special_tokens=add_special_tokens)
         ids = list(encoding.ids)
         mask = encoding.special_tokens_mask
@@ -62,11 +62,11 @@ class Plain:
         middle = (start + end) // 2
         if not start < middle < end:
             piece = text[start:end]
-            raise RequestError(f"prompt: this vocabulary cannot write {piece!r:.200} as plain text.", "prompt")
+            raise RequestError(f"{field}: this vocabulary cannot write {piece!r:.200} as plain text.", field)
         size = len(ids)
         head = next((i for i in range(size) if not mask[i]), size)
         tail = next((i for i in range(size) if not mask[size - 1 - i]), 0)
-        inner = self.encode(text[:middle]) + self.encode(text[middle:])
+        inner = self.encode(text[:middle], field=field) + self.encode(text[middle:], field=field)
         return ids[:head] + inner + (ids[size - tail :] if tail else [])
 
     def _resolve(self, ids: list[int]) -> list[int]:

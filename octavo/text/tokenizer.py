@@ -45,7 +45,7 @@ def _locate(name: str, config: EngineConfig) -> Path:
     if path.exists():
         return path
     if name in PINNED:
-        return resolve(config.replace(model=name)).path
+        return resolve(config.replace(model=name, hf_overrides={})).path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"tokenizer {name!r:.200} is not a folder or file on this machine.", "tokenizer")
     from huggingface_hub import snapshot_download

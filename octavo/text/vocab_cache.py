@@ -45,11 +45,17 @@ def cached(folder: Path, key: str, build: Callable[[], Backend]) -> Backend:
         except Exception as error:  # the library's own type, or the disk's
             logger.warning("%s cannot be read (%s) and is built again.", path, error)
     backend = build()
+    written: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, delete=False) as file:
+            written = Path(file.name)
             file.write(backend.to_str())
-        os.replace(file.name, path)
+        os.replace(written, path)
+        written = None
     except OSError as error:
         logger.warning("The built vocabulary cannot be kept in %s: %s.", folder, error)
+    finally:
+        if written is not None:
+            written.unlink(missing_ok=True)
     return backend

@@ -5,6 +5,7 @@ does not know chat templates (it only keeps their text), requests or stop string
 ``parse_special=False`` no text, however hostile, becomes a control token.
 """
 
+import operator
 import threading
 from collections.abc import Sequence
 
@@ -52,24 +53,27 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.vocab_size
 
-    def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, parse_special: bool = True, field: str = "prompt"
+    ) -> list[int]:
         """Ids of a text.
 
         Args:
             add_special_tokens: put the begin (end) token that the model wants around a prompt.
             parse_special: True makes control tokens of strings such as ``<|im_end|>``; False takes them as plain text.
+            field: what the text is, for the message of an error.
 
         Raises:
             RequestError: not a string, or not valid Unicode (a lone surrogate).
         """
         if not isinstance(text, str):
-            raise RequestError(f"prompt must be a string, got {text!r:.200}.", "prompt")
+            raise RequestError(f"{field} must be a string, got {text!r:.200}.", field)
         try:
             if parse_special:
                 return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
-            return self.plain.encode(text, add_special_tokens)
+            return self.plain.encode(text, add_special_tokens, field)
         except (TypeError, UnicodeError) as error:
-            raise RequestError(f"prompt must be valid Unicode text, got {text!a:.200}.", "prompt") from error
+            raise RequestError(f"{field} must be valid Unicode text, got {text!a:.200}.", field) from error
 
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True, parse_special: bool = True
@@ -96,9 +100,13 @@ class Tokenizer:
             after: ids that come before; with SentencePiece they decide about a leading space.
 
         Raises:
-            RequestError: an id is negative or not below vocab_size.
+            RequestError: ids are no list, or one of them is no whole number, negative or not below vocab_size.
         """
-        ids = [self._checked(token) for token in ids]
+        try:
+            ids, after = list(ids), list(after)
+        except TypeError as error:
+            raise RequestError(f"token_ids must be a list of whole numbers, got {ids!r:.200}.", "token_ids") from error
+        ids, after = [self._checked(token) for token in ids], [self._checked(token) for token in after]
         return self._pieces.decode(ids, skip_special_tokens, spaces_between_special_tokens, after)
 
     def decode_generated(self, ids: Sequence[int], skip_special: bool, spaces: bool, after: Sequence[int]) -> str:
@@ -127,10 +135,11 @@ class Tokenizer:
 
     def _checked(self, token: int) -> int:
         try:
-            if 0 <= token < self.vocab_size:
-                return int(token)
+            number = -1 if isinstance(token, bool) else operator.index(token)
         except TypeError:
-            pass
+            number = -1
+        if 0 <= number < self.vocab_size:
+            return number
         raise RequestError(f"token id {token!r:.200} is not in the vocabulary of {self.vocab_size} ids.", "token_ids")
 
     @property

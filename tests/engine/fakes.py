@@ -183,7 +183,6 @@ class FakeGroup:
         self.step += 1
         self._apply(plan)
         where = self.fail(plan.step)
-        # As a worker does: a failed step counts as computed, so that the next one fits, but what it wrote is worthless.
         result = self._run(plan, spoil=SPOILT if where else 0)
         if where:
             self.faults.append(plan.step)
@@ -273,7 +272,19 @@ class FakeGroup:
             if scored:
                 prompt_logprobs.append(self._entry(row, scored[0][0], [(t, lp) for _, t, lp in scored],
                                                    r.sampling.prompt_logprobs))
+        if spoil:
+            return self._pass_over(plan)
         return self._sample(plan, prompt_logprobs)
+
+    def _pass_over(self, plan: StepPlan) -> StepResult:
+        """As a worker does: a failed step counts as computed and sampled, so that the next one fits; it is worth nothing."""
+        rows = plan.rows.tolist()
+        for row, source in zip(plan.sample_rows.tolist(), plan.sample_from.tolist(), strict=True):
+            r = self.rows[row]
+            r.state = self.rows[rows[source]].state  # a sibling shares the blocks that were spoilt
+            if not r.sampling.beam:
+                r.tokens.append(0)
+        return StepResult(epoch=plan.epoch, step=plan.step)
 
     def _check_writes(self, plan: StepPlan) -> None:
         """No row writes into a block that another one holds, except a prompt for the siblings that start with it."""

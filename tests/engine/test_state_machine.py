@@ -29,7 +29,7 @@ class EngineMachine(RuleBasedStateMachine):
     def start(self, blocks, host_blocks, rows, budget, overlap, chunked, threshold, caching, mode, policy):
         self.bench = Bench(
             blocks=blocks, host_blocks=host_blocks, block_size=8, rows=rows, budget=budget, max_model_len=72,
-            overlap=overlap, enable_chunked_prefill=chunked, long_prefill_token_threshold=threshold,
+            overlap=overlap, enable_chunked_prefill=chunked, long_prefill_token_threshold=threshold if chunked else 0,
             enable_prefix_caching=caching, preemption_mode=mode, scheduling_policy=policy)
         self.bench.faults = True
         self.policy = policy

@@ -327,3 +327,11 @@ def test_a_folder_and_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.gguf"):
         with pytest.raises(ModelError, match="cannot be read as GGUF"):
             GgufFile(path)
+
+
+def test_a_truncated_file_says_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(by_hand(tensors=[tensor("t", [1000], 0, 0)]))
+    size = path.stat().st_size
+    with pytest.raises(ModelError, match=rf"is truncated: tensor 't' needs bytes up to \d+, the file has {size}\.$"):
+        GgufFile(path)

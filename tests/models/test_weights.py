@@ -241,3 +241,13 @@ def test_big_dummy_matrices_differ_from_each_other() -> None:
     assert not torch.equal(found["m1.weight"], found["m2.weight"])
     rows = found["m1.weight"]
     assert len({tuple(row[:4].tolist()) for row in rows}) > 1400, "rows repeat"
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("kind", ["meta", "sparse", "sparse csr"])
+def test_a_tensor_without_plain_values_is_named(kind: str, tmp_path: Path) -> None:
+    tensor = torch.eye(4)
+    made = {"meta": lambda: tensor.to("meta"), "sparse": tensor.to_sparse, "sparse csr": tensor.to_sparse_csr}[kind]()
+    torch.save({"good": torch.ones(2), "bad.weight": made}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin: tensor 'bad\.weight' is .*(meta|sparse)"):
+        open_checkpoint(ModelSource("folder", tmp_path, {}), SPEC, torch.float32)

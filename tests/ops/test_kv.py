@@ -143,7 +143,10 @@ def test_blocks_outside_the_pool_are_errors(kernels):
         kernels.swap_blocks(kv, other, torch.tensor([[0, 3]], dtype=torch.int32))
     with pytest.raises(RuntimeError, match=r"copy_blocks: block 1 is a destination twice"):
         kernels.copy_blocks(kv, torch.tensor([[0, 1], [3, 1]], dtype=torch.int32))
-    assert torch.equal(kv, before)
+    untouched = other.clone()
+    with pytest.raises(RuntimeError, match=r"swap_blocks: block 1 is a destination twice"):
+        kernels.swap_blocks(kv, other, torch.tensor([[0, 1], [3, 1]], dtype=torch.int32))
+    assert torch.equal(kv, before) and torch.equal(other, untouched)
 
 
 def test_threads_do_not_change_bits(kernels, on_threads):

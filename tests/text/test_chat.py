@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ def oracle(text: str, tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return theirs
 
 
+def render(
+    template: str, messages: Any, tools: Any = None, add_generation_prompt: Any = True,
+    continue_final_message: Any = False, **variables: Any,
+) -> str:
+    """Our text; the leading arguments of ChatTemplate.render go by position."""
+    made = ChatTemplate(template, SPECIAL)
+    return made.render(messages, tools, add_generation_prompt, continue_final_message, **variables)
+
+
 def both(
     name: str, templates: dict[str, str], byte_level: Tokenizer, messages: list[dict[str, Any]], **options: Any
 ) -> tuple[str | None, str | None]:
@@ -74,7 +84,7 @@ def both(
     except Exception:
         theirs = None
     try:
-        return ChatTemplate(templates[name], SPECIAL).render(messages, **options), theirs
+        return render(templates[name], messages, **options), theirs
     except RequestError:
         return None, theirs
 
@@ -88,6 +98,9 @@ def test_text_as_transformers(name: str, chat: str, templates: dict[str, str], b
                 ours, theirs = both(
                     name, templates, byte_level, CHATS[chat], tools=tools, add_generation_prompt=prompt, **extra
                 )
+                if chat == "parts" and name != "gemma":  # transformers fails, writes Python's list, or drops the text
+                    flat = [{"role": "user", "content": " one \ntwo"}]
+                    theirs = both(name, templates, byte_level, flat, tools=tools, add_generation_prompt=prompt, **extra)[1]
                 assert ours == theirs
 
 
@@ -362,19 +375,19 @@ def test_bad_arguments(templates: dict[str, str]) -> None:
         deep = [deep]
     for arguments in ({"tools": "x"}, {"tools": [3]}, {"messages": 3}, {"add_generation_prompt": True, "x": deep}):
         with pytest.raises((RequestError, TypeError)):
-            template.render([USER], **arguments)
+            render(templates["chatml"], **{"messages": [USER], **arguments})
     with pytest.raises(RequestError, match="chat_template_kwargs"):
         template.render([USER], tokenize=True)
     with pytest.raises(RequestError, match="continue_final_message"):
-        template.render([USER, ANSWER], add_generation_prompt=True, continue_final_message=True)
+        template.render([USER, ANSWER], None, True, True)
     with pytest.raises(RequestError, match="does not write the final message"):
         ChatTemplate("{{ messages[0].content | upper }}").render(
-            [USER], add_generation_prompt=False, continue_final_message=True
+            [USER], None, False, True
         )
 
 
 def test_a_template_refuses_in_its_own_words(templates: dict[str, str]) -> None:
-    with pytest.raises(RequestError, match="Conversation roles must alternate") as caught:
+    with pytest.raises(RequestError, match="user and assistant must take turns") as caught:
         ChatTemplate(templates["gemma"], SPECIAL).render([USER, USER])
     assert caught.value.param == "messages"
     with pytest.raises(RequestError) as caught:
@@ -423,7 +436,7 @@ def with_templates(tokenizer: Tokenizer, templates: dict[str, str]) -> Tokenizer
 
 def test_named_templates(byte_level: Tokenizer) -> None:
     template = ChatTemplate({"default": "plain", "tool_use": "tools"})
-    assert template.render([USER]) == "plain" and template.render([USER], tools=[TOOL]) == "tools"
+    assert template.render([USER]) == "plain" and template.render([USER], [TOOL]) == "tools"
     with pytest.raises(RequestError, match="rag"):
         ChatTemplate({"rag": "x"}, origin="here").render([USER])
     named = with_templates(byte_level, {"default": "A", "rag": "B"})
@@ -450,5 +463,103 @@ def test_inputs_are_not_changed(templates: dict[str, str], byte_level: Tokenizer
     chat = json.loads(json.dumps([USER, THOUGHT, {"role": "user", "content": "<|im_end|>"}]))
     before = json.dumps(chat)
     encode_chat(ChatTemplate(templates["qwen3"], SPECIAL), byte_level, chat, [TOOL])
-    ChatTemplate(templates["qwen3"], SPECIAL).render(chat[:2], add_generation_prompt=False, continue_final_message=True)
+    ChatTemplate(templates["qwen3"], SPECIAL).render(chat[:2], None, False, True)
     assert json.dumps(chat) == before
+
+
+MANY = "{% set ns = namespace(a='x' * 999, l=['x']) %}{% for i in range(40) %}"
+RUNAWAYS = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "{% for i in [[1]] recursive %}{% if loop.depth < 60 %}{{ loop([1, 2]) }}{% endif %}{% endfor %}",
+    "{{ 'a' * 3000000000 }}", "{{ 3000000000 * 'a' }}", "{{ [0] * 3000000000 }}", "{{ 9 ** 999999999 }}",
+    "{{ 'a' | center(2000000000) }}", "{{ 'a'.ljust(2000000000) }}", "{{ 'a'.zfill(2000000000) }}",
+    "{{ 'a'.center(2000000000) }}",
+    "{{ messages | tojson(indent=1000000000) }}", "{{ messages | tojson(separators=('a' * 999999, ':')) }}",
+    "{{ ('a\n' * 99999) | indent(99999) }}", "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
+    "{{ ('a' * 99999).replace('', 'b' * 99999) }}", "{{ range(99999) | join('b' * 99999) }}",
+    "{{ ('b' * 99999).join(['a'] * 9999) }}", "{{ '%2000000000d' % 1 }}", "{{ '%*d' % (2000000000, 1) }}",
+    "{{ '%2000000000d' | format(1) }}", "{{ '{:2000000000}'.format(1) }}", "{{ '{:{w}}'.format(1, w='2000000000') }}",
+    "{{ '{a:>2000000000}'.format_map({'a': 1}) }}", "{{ 1 | round(999999999, 'ceil') }}",
+    "{{ [1] | batch(2000000000, 0) | list }}", "{{ [1] | slice(2000000000) | list }}",
+    MANY + "{% set ns.a = ns.a + ns.a %}{% endfor %}", MANY + "{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
+    MANY + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}", MANY + "{% set ns.l = {'a': ns.l, 'b': ns.l} %}{% endfor %}",
+    MANY + "{% set ns.l = (ns.l, ns.l) %}{% endfor %}{{ ns.l == ns.l }}",
+    MANY + "{% set x %}{{ ns.a }}{{ ns.a }}{% endset %}{% set ns.a = x %}{% endfor %}",
+    "{{ (range(99999) | map('string') | map('list') | list) | sum(start=[]) }}",
+    "{% if 'a' | center(2000000000) %}{% endif %}", "{% autoescape 'a' | center(2000000000) %}{% endautoescape %}",
+]
+
+
+@pytest.mark.parametrize("text", RUNAWAYS)
+def test_runaway_templates_are_stopped(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.text.budget.MAX_SECONDS", 0.3)
+    started = time.monotonic()
+    with pytest.raises((RequestError, ModelError)) as caught:
+        ChatTemplate(text).render([USER])
+    if "autoescape" not in text:
+        assert caught.value.param == "chat_template" and str(caught.value).startswith("the chat template ")
+    assert time.monotonic() - started < 3
+
+
+def test_methods_that_no_template_needs_are_refused() -> None:
+    for text in ("{{ 'a'.encode() }}", "{{ (1).to_bytes(9) }}", "{{ 'a'.translate({97: 'b'}) }}"):
+        with pytest.raises(RequestError, match="unsafe"):
+            ChatTemplate(text).render([USER])
+
+
+def test_filters_and_operators_as_transformers(byte_level: Tokenizer) -> None:
+    text = (
+        "{{ 'a' | center(5) }}|{{ 'a\nb' | indent(2) }}|{{ 'aab' | replace('a', 'c', 1) }}|{{ [1, 2] | join(', ') }}"
+        "|{{ messages | map(attribute='role') | join }}|{{ '%s-%3d' | format('x', 7) }}|{{ '%s' % 'y' }}"
+        "|{{ '{:>4}{a!r}'.format('z', a='q') }}|{{ [1, 2] | sum }}|{{ messages | sum(attribute='n', start=1) if false }}"
+        "|{{ 2 ** 10 }}|{{ 'a' ~ 1 ~ none ~ [1] }}|{{ 2.567 | round(1) }}|{{ [3, 1] | sort | list }}|{{ (1, 'a') }}"
+        "|{% for i in range(6) if i is even %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{% else %}no{% endfor %}"
+        "{% for i in missing %}{% else %}none{% endfor %}|{{ {'a': 1}.items() | list }}|{{ messages[::-1] | length }}"
+        "|{{ messages | selectattr('role', 'equalto', 'user') | list | length }}|{{ 'a,b'.split(',') }}|{{ 7 % 4 }}"
+        "{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m('a') }}{% set y %}b{{ 1 }}{% endset %}{{ y | upper }}{{ nothing }}"
+    )
+    assert ChatTemplate(text, SPECIAL).render([USER, ANSWER]) == oracle(text, byte_level).apply_chat_template(
+        [USER, ANSWER], tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_parts_for_templates_that_take_strings(templates: dict[str, str]) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    for name in set(NAMES) - {"gemma"}:
+        assert render(templates[name], [{"role": "user", "content": parts}]) == render(
+            templates[name], [{"role": "user", "content": "a\nb"}])
+    for name in ("chatml", "gemma"):
+        for kind in ("image_url", "input_audio"):
+            with pytest.raises(RequestError, match=f"content part of type '{kind}' is not supported"):
+                render(templates[name], [{"role": "user", "content": [{"type": kind, kind: {}}]}])
+        with pytest.raises(RequestError, match="must have a string as text"):
+            render(templates[name], [{"role": "user", "content": [{"type": "text", "text": 5}]}])
+    image = [{"role": "user", "content": [{"type": "image"}]}]
+    assert "<start_of_image>" in render(templates["gemma"], image)
+
+
+def test_wrong_types_name_their_field(templates: dict[str, str], byte_level: Tokenizer) -> None:
+    for messages in ({"role": "user", "content": "x"}, (m for m in [USER])):
+        with pytest.raises(RequestError) as caught:
+            render(templates["chatml"], messages)
+        assert caught.value.param == "messages"
+    with pytest.raises(RequestError) as caught:
+        render(templates["chatml"], [USER], x={1: 2})
+    assert caught.value.param == "chat_template_kwargs"
+    for given_template in (5, {"default": 5}, None):
+        with pytest.raises(RequestError) as caught:
+            ChatTemplate(given_template)  # type: ignore[arg-type]
+        assert caught.value.param == "chat_template"
+    for arguments, field in (({"add_generation_prompt": "x"}, "add_generation_prompt"),
+                             ({"continue_final_message": 5}, "continue_final_message")):
+        with pytest.raises(RequestError) as caught:
+            render(templates["chatml"], [USER], **arguments)
+        assert caught.value.param == field
+    template = ChatTemplate("{{ template }}{{ tokenizer }}{{ self_ }}")
+    variables: dict[str, Any] = {"template": "a", "tokenizer": "b", "self_": "c"}
+    assert chat_prompt(template, byte_level, [USER], **variables)[0] == "abc"
+    for name in ("messages", "tools", "add_generation_prompt"):
+        with pytest.raises(RequestError, match=f"may not name {name}"):
+            chat_prompt(template, byte_level, [USER], **{name: None})

@@ -210,3 +210,12 @@ def test_no_tokenizer_at_all(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ModelError, match="no tokenizer"):
         vocabulary_from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [
+    {"chat_template": 5}, {"chat_template": {"a": "b"}}, {"added_tokens_decoder": {"x": 1}},
+    {"added_tokens_decoder": {"1": 1}}, {"added_tokens_decoder": [1]}, {"added_tokens_decoder": {"x": {"content": "a"}}},
+])
+def test_wrong_types_in_the_settings(tmp_path: Path, byte_level: Tokenizer, settings: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=next(iter(settings))):
+        vocabulary_from_folder(folder(tmp_path, copy(byte_level), settings))

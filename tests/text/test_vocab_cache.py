@@ -57,3 +57,13 @@ def test_large_vocabularies_go_through_the_cache(tmp_path: Path, monkeypatch: py
     for backend in (first, second):
         assert backend.encode("ab b").ids == plain.encode("ab b").ids
         assert backend.to_str() == plain.to_str()
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("octavo.text.vocab_cache.os.replace", full)
+    built = Backend(models.BPE({"a": 0}, []))
+    assert cached(tmp_path, "k", lambda: built).to_str() == built.to_str()
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """octavo.text.vocabulary: encoding with and without control tokens, decoding, range checks."""
 
 import threading
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -200,3 +201,16 @@ def test_threads(byte_level: Tokenizer) -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_wrong_ids_and_the_field_of_a_text(byte_level: Tokenizer) -> None:
+    wrong: list[Any] = [5, None, "ab", [1.5], [None], [True], ["1"], [-1], [10**30], {"a": 1}]
+    for ids in wrong:
+        with pytest.raises(RequestError) as caught:
+            byte_level.decode(ids)
+        assert caught.value.param == "token_ids"
+    for parse_special in (True, False):
+        for text in ("\ud800", 5):
+            with pytest.raises(RequestError, match=r"^stop must be") as caught:
+                byte_level.encode(text, parse_special=parse_special, field="stop")  # type: ignore[arg-type]
+            assert caught.value.param == "stop"
