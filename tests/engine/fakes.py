@@ -21,6 +21,7 @@ from octavo.plan import GroupInfo, NewRow, RowLogprobs, RowSampling, StepPlan, S
 MASK = 2**64 - 1
 ROOT = 0x243F6A8885A308D3
 VOCAB = 48
+POISON = 0xDEAD
 
 
 def mix(x: int) -> int:
@@ -186,6 +187,9 @@ class FakeGroup:
         if where or stale:
             # As a worker does: the changes are applied, nothing is computed, and what builds on it fails too.
             self.failed_rows.update(plan.rows.tolist())
+            # Worse than most workers: what it should have moved is lost, so whoever trusts it reads something else.
+            self.host[plan.swap_out[:, 1]] = POISON
+            self.kv[plan.copies[:, 1]] = self.kv[plan.swap_in[:, 1]] = POISON
             if where == "submit":
                 raise Fault("injected")
             return Pending(Fault("injected" if where else f"rows {stale} missed a step"))
