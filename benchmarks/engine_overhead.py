@@ -1,10 +1,11 @@
 """Host time of a decode step, everything but the model: schedule, submit to a group that returns at once, update, output.
 
 Rows start with different prompt lengths, so that in every step some need a block, some publish one and some finish; prompts
-are distinct, the prefix cache is on and the KV pool is full of old prefixes, so that each new block evicts one. Every step of
-the measured interval is counted, garbage collection included. Table for people, last line JSON.
+are distinct, the prefix cache is on and the KV pool is full of old prefixes, so that each new block evicts one; with
+--host-blocks they go to a host tier that is full as well, and evict there. Every step of the measured interval is counted,
+garbage collection included. Table for people, last line JSON.
 
-    python benchmarks/engine_overhead.py [--rows 256 1024] [--steps 160] [--stream] [--overlap]
+    python benchmarks/engine_overhead.py [--rows 256 1024] [--steps 160] [--stream] [--overlap] [--host-blocks 8]
 """
 
 import argparse
@@ -39,11 +40,11 @@ class Instant:
 class InstantGroup:
     """A group whose steps take no time: random tokens, drawn beforehand."""
 
-    def __init__(self, rows: int, *, asynchronous: bool) -> None:
+    def __init__(self, rows: int, *, asynchronous: bool, host_blocks: int) -> None:
         blocks = rows * 36
         self.info = GroupInfo(
-            num_blocks=blocks, num_host_blocks=0, block_bytes=1 << 16, block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=rows, max_num_batched_tokens=1 << 20, vocab_size=VOCAB, device="cpu")
+            num_blocks=blocks, num_host_blocks=rows * host_blocks, block_bytes=1 << 16, block_size=BLOCK_SIZE,
+            max_model_len=MAX_MODEL_LEN, max_num_seqs=rows, max_num_batched_tokens=1 << 20, vocab_size=VOCAB, device="cpu")
         self.asynchronous = asynchronous
         self._tokens = np.random.default_rng(0).integers(10, VOCAB, rows + 8192, dtype=np.int32)
 
@@ -58,10 +59,10 @@ class InstantGroup:
         pass
 
 
-def measure(rows: int, steps: int, *, stream: bool, overlap: bool) -> dict[str, float]:
+def measure(rows: int, steps: int, *, stream: bool, overlap: bool, host_blocks: int) -> dict[str, float]:
     """Microseconds per step: mean, median, worst; and what happened in the interval."""
     config = EngineConfig(model="none", disable_log_stats=True, async_scheduling=overlap)
-    engine = Engine(config, InstantGroup(rows, asynchronous=overlap), seed=0)
+    engine = Engine(config, InstantGroup(rows, asynchronous=overlap, host_blocks=host_blocks), seed=0)
     rng = np.random.default_rng(1)
 
     def add(i: int, max_tokens: int) -> None:
@@ -104,16 +105,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--stream", action="store_true", help="every request streams")
     parser.add_argument("--overlap", action="store_true", help="plan a step before the last one's tokens are known")
+    parser.add_argument("--host-blocks", type=int, default=0, help="host blocks per row; 0: no second tier")
     args = parser.parse_args()
     budget = {256: 200, 1024: 400}
     results = []
     print(f"{'rows':>6} {'mean us':>9} {'median':>9} {'p99':>9} {'max':>9} {'finished':>9} {'budget':>7}")
     for rows in args.rows:
-        r = measure(rows, args.steps, stream=args.stream, overlap=args.overlap)
+        r = measure(rows, args.steps, stream=args.stream, overlap=args.overlap, host_blocks=args.host_blocks)
         results.append(r)
         print(f"{rows:>6} {r['mean_us']:>9} {r['median_us']:>9} {r['p99_us']:>9} {r['max_us']:>9} {r['finished']:>9}"
               f" {budget.get(rows, '-'):>7}")
     print(json.dumps({"benchmark": "engine_overhead", "steps": args.steps, "stream": args.stream, "overlap": args.overlap,
+                      "host_blocks": args.host_blocks,
                       "results": results}))
 
 

@@ -68,7 +68,7 @@ class EngineConfig:
     gpu_memory_utilization: float = _option(0.9, "share of the device's memory that weights, KV cache and workspace may take")
     kv_cache_memory_bytes: int | None = _option(None, "size of the KV pool; overrides gpu_memory_utilization", kind="int")
     num_gpu_blocks_override: int | None = _option(None, "number of KV blocks; overrides everything else", kind="int")
-    swap_space: float = _option(4.0, "GiB of host memory for swapped requests")
+    swap_space: float = _option(4.0, "GiB of host memory for swapped requests and evicted prefixes")
     enable_prefix_caching: bool = _option(True, "reuse the KV of prompts that begin alike")
     max_num_seqs: int | None = _option(None, "sequences that run at once; default 64 on a CPU, 1024 offline on a GPU", kind="int")
     max_num_batched_tokens: int | None = _option(

@@ -10,6 +10,7 @@ import numpy as np
 from octavo.engine.request import Sequence
 from octavo.engine.rows import FREE, Index, RowTable
 from octavo.engine.state import EngineState, StepRecord
+from octavo.engine.tier import Saves
 from octavo.plan import Int32, NewRow, StepPlan, checksum
 
 NO_ROWS = np.empty(0, np.intp)
@@ -105,9 +106,12 @@ class Assembly:
             new = [self._new_row(sequence, record, starts) for sequence in state.fresh]
             state.fresh = []
         swap_out, forced_rows, forced_tokens = NO_PAIRS, NO_INTS, NO_INTS
-        if state.swap_out or draft.swap_in:
+        if state.swap_out or draft.swap_in or state.tier.saves.host:
             swap_out, record.swapped = _pairs(state.swap_out), state.swapping
-            record.swapped_bytes = state.info.block_bytes * (len(state.swap_out) + len(draft.swap_in))
+            if state.tier.saves.host:
+                record.saved = state.tier.take_saves()
+                swap_out = _with_saves(state.swap_out, record.saved)
+            record.swapped_bytes = state.info.block_bytes * (len(swap_out) + len(draft.swap_in))
             state.swap_out, state.swapping = [], []
         if state.forced:
             forced_rows = _ints([sequence.row for sequence, _ in state.forced])
@@ -143,6 +147,16 @@ def _ints(values: list[int]) -> Int32:
 
 def _pairs(values: list[tuple[int, int]]) -> Int32:
     return np.array(values, np.int32) if values else NO_PAIRS
+
+
+def _with_saves(pairs: list[tuple[int, int]], saves: Saves) -> Int32:
+    """``pairs``, then those of ``saves``: column by column, because decoding makes them in almost every step."""
+    num = len(pairs)
+    found = np.empty((num + len(saves.host), 2), np.int32)
+    if num:
+        found[:num] = pairs
+    found[num:, 0], found[num:, 1] = saves.blocks, saves.host
+    return found
 
 
 def _checksum(table: RowTable) -> int:

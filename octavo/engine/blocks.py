@@ -11,7 +11,7 @@ Invariant: ``num_free + num_cached + num_used == num_blocks``, and ``check`` pro
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class BlockPool:
@@ -19,6 +19,9 @@ class BlockPool:
 
     Args:
         num_blocks: blocks are numbered 0 to num_blocks - 1.
+
+    Attributes:
+        refs: references of each block. on_evict: told of blocks and digests whenever prefixes are lost; None: nobody is.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -28,6 +31,7 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._digests: list[bytes | None] = [None] * num_blocks
         self._by_digest: dict[bytes, int] = {}
+        self.on_evict: Callable[[list[int], list[bytes]], None] | None = None
 
     @property
     def num_free(self) -> int:
@@ -57,8 +61,8 @@ class BlockPool:
         taken = free[split:]
         del free[split:]
         taken.reverse()
-        while len(taken) < count:
-            taken.append(self._evict())
+        if len(taken) < count:
+            taken += self._evict(count - len(taken))
         refs = self.refs
         for block in taken:
             refs[block] = 1
@@ -89,6 +93,11 @@ class BlockPool:
         """The block that holds what ``digest`` names, used or cached."""
         return self._by_digest.get(digest)
 
+    def touch(self, block: int) -> None:
+        """Somebody would have liked to use a block that holds a prefix: it is evicted last now."""
+        if self.refs[block] == 0:
+            self._cached.move_to_end(block)
+
     def publish(self, block: int, digest: bytes) -> bool:
         """Name the contents of a used block. False: another block holds the same already and keeps the name."""
         assert self.refs[block] > 0, f"block {block} is published without an owner"
@@ -97,6 +106,19 @@ class BlockPool:
         self._by_digest[digest] = block
         self._digests[block] = digest
         return True
+
+    def settle(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
+        """``publish`` and ``release`` in one, first block first, for blocks with one reference; what has a name gets none."""
+        refs, names, by_digest, cached, free = self.refs, self._digests, self._by_digest, self._cached, self._free
+        for block, digest in zip(blocks, digests, strict=True):
+            assert refs[block] == 1 and names[block] is None, f"block {block} is shared or has a name"
+            refs[block] = 0
+            if digest in by_digest:
+                free.append(block)
+            else:
+                by_digest[digest] = block
+                names[block] = digest
+                cached[block] = None
 
     def num_idle(self, blocks: Iterable[int]) -> int:
         """How many of ``blocks`` are cached now, so that sharing them lowers ``num_available``."""
@@ -130,11 +152,19 @@ class BlockPool:
         assert len(self._by_digest) == sum(digest is not None for digest in self._digests)
         assert self.num_free + self.num_cached + self.num_used == self.num_blocks
 
-    def _evict(self) -> int:
-        # The one place where a prefix is lost: a second tier would copy it to host memory from here.
-        block, _ = self._cached.popitem(last=False)
-        digest = self._digests[block]
-        assert digest is not None
-        del self._by_digest[digest]
-        self._digests[block] = None
-        return block
+    def _evict(self, count: int) -> list[int]:
+        # The one place where prefixes are lost, unless somebody saves them.
+        cached, digests, by_digest = self._cached, self._digests, self._by_digest
+        blocks: list[int] = []
+        lost: list[bytes] = []
+        for _ in range(count):
+            block, _ = cached.popitem(last=False)
+            digest = digests[block]
+            assert digest is not None
+            del by_digest[digest]
+            digests[block] = None
+            blocks.append(block)
+            lost.append(digest)
+        if self.on_evict is not None:
+            self.on_evict(blocks, lost)
+        return blocks

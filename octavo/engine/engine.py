@@ -96,7 +96,7 @@ class Engine:
         stats.running, stats.waiting = state.num_running, len(state.queue)
         stats.swapped = sum(1 for sequence in state.queue if sequence.host_blocks)
         stats.kv_used, stats.kv_cached = state.pool.num_used, state.pool.num_cached
-        stats.host_used = state.host_pool.num_used
+        stats.host_used, stats.host_cached = state.host_pool.num_used, state.host_pool.num_cached
         return stats
 
     def add(self, request: EngineRequest) -> None:

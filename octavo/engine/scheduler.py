@@ -262,13 +262,15 @@ class Scheduler:
         state, request, size = self.state, sequence.request, self.state.block_size
         pool, tokens = state.pool, sequence.tokens
         assert tokens is not None
+        if sequence.host_blocks and state.pending is not None and sequence in state.pending.swapped:
+            return False  # the step that copies its blocks to host memory may still fail
         total = len(tokens)
         found = self._shared_blocks(sequence, total)
         if found is None:
             return False
-        blocks, cached = found
+        blocks, hosted, cached = found
         fresh = math.ceil(total / size) - len(blocks)
-        computed, swapped = len(blocks) * size, 0
+        computed, swapped = (len(blocks) + len(hosted)) * size, 0
         if sequence.computed > computed:
             swapped = math.ceil(sequence.computed / size)
             computed = sequence.computed
@@ -280,23 +282,29 @@ class Scheduler:
         state.queue.pop()
         pool.share(blocks)
         num_shared = len(blocks)
+        if hosted:  # reserved before ``take``, which may save an evicted prefix in the oldest host block
+            state.host_pool.share(hosted)
+            state.host_release += hosted
         blocks += pool.take(fresh)
+        draft.swap_in += zip(hosted, blocks[num_shared:], strict=False)
         draft.swap_in += [(sequence.host_blocks[i], blocks[i]) for i in range(num_shared, swapped)]
         state.host_release += sequence.host_blocks
         sequence.host_blocks = []
-        self._note_start(request, cached * size)
+        self._note_start(request, cached * size, len(hosted) * size)
         state.place(sequence, blocks, computed, num_shared)
         self._compute(sequence, chunk, total - computed, draft, num_decodes)
         return True
 
-    def _shared_blocks(self, sequence: Sequence, total: int) -> tuple[list[int], int] | None:
-        """Blocks that a sequence need not compute, and how many of them the prefix cache gave.
+    def _shared_blocks(self, sequence: Sequence, total: int) -> tuple[list[int], list[int], int] | None:
+        """Blocks that a sequence need not compute, host blocks that go on after them, how many of both the cache gave.
 
         None: a sibling is computing the prompt that they share, so it pays to wait for it.
         """
         state, request = self.state, sequence.request
         blocks: list[int] = []
-        if not (request.scores_prompt and sequence is request.sequences[0]):
+        hosted: list[int] = []
+        reads = not (request.scores_prompt and sequence is request.sequences[0])
+        if reads:
             state.cache.extend(sequence.digests, request.root, self._tokens(sequence))
             blocks = state.cache.match(sequence.digests, total)
         cached = len(blocks)
@@ -308,20 +316,24 @@ class Scheduler:
                 if table.written[sibling.row] < full * state.block_size:
                     return None
                 blocks = table.blocks[sibling.row, :full].tolist()
-        return blocks, cached
+        if reads and not sequence.host_blocks:  # a swapped sequence has all its blocks, to the last token
+            hosted = state.tier.match(sequence.digests, len(blocks), total, state.block_size)
+            cached += len(hosted)
+        return blocks, hosted, cached
 
     @staticmethod
     def _tokens(sequence: Sequence) -> Int32:
         assert sequence.tokens is not None
         return sequence.tokens
 
-    def _note_start(self, request: Request, cached: int) -> None:
-        """Tell the front that a request has started, once."""
+    def _note_start(self, request: Request, cached: int, hosted: int) -> None:
+        """Tell the front that a request has started, once; ``hosted`` of its ``cached`` tokens were in the host tier."""
         if not request.started:
             request.started = True
             stats = self.state.stats
             stats.prefix_queries += request.num_prompt
             stats.prefix_hits += cached
+            stats.prefix_hits_host += hosted
             self.state.out.started.append((request.id, cached))
 
     def _unblock(self, draft: Draft) -> None:

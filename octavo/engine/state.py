@@ -3,8 +3,9 @@
 Owns the moves of a sequence (place, leave, fork, drop, end) and keeps rows, pools and queue in step with each other; it
 does not decide anything: the scheduler chooses who moves, update finds out who has ended.
 
-Invariant: every block reference belongs to exactly one row's table, every host block to one swapped sequence (or to the
-list of those that the next plan still reads), and every unfinished sequence is in a row or in the queue. ``check`` proves it.
+Invariant: every block reference belongs to exactly one row's table, every host block reference to one swapped sequence, to
+the list of those that the next plan still reads, or to a prefix that the step under way saves; every unfinished sequence is
+in a row or in the queue. ``check`` proves it.
 """
 
 from collections import Counter
@@ -19,6 +20,7 @@ from octavo.engine.policy import POLICIES, WaitingQueue
 from octavo.engine.request import Request, Sequence, Status
 from octavo.engine.rows import FREE, HOST, NEVER, PREFILL, Index, RowTable
 from octavo.engine.stats import Stats
+from octavo.engine.tier import HostTier, Saves
 from octavo.messages import SequenceEnd, StepOutput
 from octavo.outputs import FinishReason
 from octavo.params import LogitsProcessor
@@ -34,6 +36,7 @@ class StepRecord:
         sample_rows, sample_generations: who sampled; the very same arrays where everybody who computed did.
         num_decodes, num_prompt_tokens: computed tokens of either kind.
         swapped: sequences whose blocks the step copied to host memory. swapped_bytes: moved in either direction.
+        saved: evicted prefixes that the step copied to host memory; their host blocks are reserved until its result comes.
         processors: rows that start with logits processors. checksum: of the rows, in debug mode only.
     """
 
@@ -47,6 +50,7 @@ class StepRecord:
     num_prompt_tokens: int
     swapped: list[Sequence] = field(default_factory=list)
     swapped_bytes: int = 0
+    saved: Saves | None = None
     processors: list[tuple[int, int, tuple[LogitsProcessor, ...]]] = field(default_factory=list)
     checksum: int | None = None
 
@@ -63,7 +67,7 @@ class EngineState:
         config: options. info: what the group measured.
 
     Attributes:
-        table, pool, host_pool, cache, queue: see their files. requests: by id, unfinished ones.
+        table, pool, host_pool, cache, tier, queue: see their files. requests: by id, unfinished ones.
         sequences: per row, its owner. free_rows: a stack. reserved_rows: of them, kept for the beams of running requests.
         prefilling: running sequences with prompt left to compute, in order of admission. forked: rows that may share the
             block they write next. fresh: sequences in rows that no plan has announced. ended: rows to end in the next plan.
@@ -79,6 +83,7 @@ class EngineState:
         self.pool = BlockPool(info.num_blocks)
         self.host_pool = BlockPool(info.num_host_blocks)
         self.cache = PrefixCache(self.pool, info.block_size, enabled=config.enable_prefix_caching)
+        self.tier = HostTier(self.pool, self.host_pool, enabled=config.enable_prefix_caching)
         self.policy = POLICIES[config.scheduling_policy]()
         self.queue = WaitingQueue(self.policy)
         self.requests: dict[str, Request] = {}
@@ -187,6 +192,10 @@ class EngineState:
         if sequence.status is Status.RUNNING:
             self.leave(sequence)
         elif sequence.status is Status.WAITING:
+            if sequence.host_blocks and sequence in self.swapping:  # no plan has copied them yet, and none shall
+                gone = set(sequence.host_blocks)
+                self.swap_out = [pair for pair in self.swap_out if pair[1] not in gone]
+                self.swapping.remove(sequence)
             self.host_release.extend(sequence.host_blocks)
             sequence.host_blocks = []
             if self.departed:
@@ -279,6 +288,9 @@ class EngineState:
         self._check_writers()
         waiting = list(self.queue)
         hosted = Counter(self.host_release)
+        if self.pending is not None and self.pending.saved is not None:
+            hosted.update(self.pending.saved.host)
+        assert not self.tier.saves.host, "prefixes were evicted without a plan that saves them"
         for sequence in waiting:
             hosted.update(sequence.host_blocks)
             assert sequence.row == -1 and sequence.tokens is not None and sequence.request.id in self.requests

@@ -15,9 +15,10 @@ class Stats:
     """Counters since the start, and gauges of the last step.
 
     Attributes:
-        running, waiting, swapped: sequences (gauges); swapped ones wait too. kv_blocks, kv_used, kv_cached, host_used:
-            blocks (gauges).
+        running, waiting, swapped: sequences (gauges); swapped ones wait too. kv_blocks, kv_used, kv_cached, host_used,
+            host_cached: blocks (gauges).
         prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found there.
+        prefix_hits_host: those of the hits that came back from the host tier.
         prompt_tokens, generated_tokens: computed tokens that were known before (recomputed ones too), and sampled ones.
         steps, failed_steps; preempted_recompute, preempted_swap: sequences.
         finished: sequences by reason. requests: accepted ones.
@@ -30,8 +31,10 @@ class Stats:
     kv_used: int = 0
     kv_cached: int = 0
     host_used: int = 0
+    host_cached: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    prefix_hits_host: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0

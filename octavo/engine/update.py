@@ -41,6 +41,8 @@ def apply_result(state: EngineState, record: StepRecord, result: StepResult) -> 
     if not live.all():
         rows, ends = rows[live], ends[live]
     table.written[rows] = ends
+    if record.saved is not None:
+        state.tier.confirm(record.saved)
     if state.cache.enabled:
         full = np.flatnonzero(ends >= table.next_publish.take(rows))
         if full.size:
@@ -60,7 +62,7 @@ def apply_result(state: EngineState, record: StepRecord, result: StepResult) -> 
 
 
 def fail_step(state: EngineState, record: StepRecord, error: BaseException) -> None:
-    """End the requests that took part in a step that raised; what it should have written is not published."""
+    """End the requests that took part in a step that raised; what it should have written, saved or restored is not published."""
     message = f"A step of the engine failed ({type(error).__name__})."
     hit: dict[int, Request] = {}
     for rows, generations in ((record.rows, record.generations), (record.sample_rows, record.sample_generations)):
@@ -72,6 +74,8 @@ def fail_step(state: EngineState, record: StepRecord, error: BaseException) -> N
         if record.involves(row, generation):
             del state.departed[row, generation]
             hit[id(sequence.request)] = sequence.request
+    if record.saved is not None:
+        state.tier.abandon(record.saved)
     for sequence in record.swapped:  # the copy in host memory may be missing: its blocks are computed again
         if sequence.status is Status.WAITING:
             state.host_release += sequence.host_blocks

@@ -101,6 +101,24 @@ def test_same_bytes(tiny: Path, expected: list[Answer], options: dict[str, Any])
     assert run(tiny, requests(1, 31), **options) == expected
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_evicted_prefixes_come_back_with_the_same_bytes(tiny: Path, expected: list[Answer], ahead: bool) -> None:
+    """Twice the same requests through a pool that forgets the first round: with host blocks they come back from there."""
+    for swap_space in (0.0, 0.01):
+        llm = LLM(
+            str(tiny), skip_tokenizer_init=True, batch_invariant=True, dtype="float32", seed=7, num_gpu_blocks_override=28,
+            swap_space=swap_space, async_scheduling=ahead, debug_checksums=True, preemption_mode="recompute",
+        )
+        for _ in range(2):
+            prompts, params = zip(*requests(1, 31), strict=True)
+            outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], list(params), use_tqdm=False)
+            assert [answer(o) for o in outputs] == expected
+        stats = llm.llm_engine.engine.stats
+        assert (stats.prefix_hits_host > 0) == (stats.host_cached > 0) == (swap_space > 0)
+        llm.llm_engine.engine.check()
+        llm.close()
+
+
 def test_alone_equals_with_thirty_others(tiny: Path, expected: list[Answer]) -> None:
     assert run(tiny, requests(1, 31), alone=True) == expected
 

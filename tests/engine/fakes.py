@@ -22,6 +22,7 @@ MASK = 2**64 - 1
 ROOT = 0x243F6A8885A308D3
 SPOILT = 0x5DEECE66D  # what a failed step leaves in the KV is not what it should be
 VOCAB = 48
+POISON = 0xDEAD
 
 
 def mix(x: int) -> int:
@@ -183,9 +184,11 @@ class FakeGroup:
         self.step += 1
         self._apply(plan)
         where = self.fail(plan.step)
-        result = self._run(plan, spoil=SPOILT if where else 0)
-        if where:
+        if where:  # worse than most workers: what it should have moved is lost, so whoever trusts it reads something else
             self.faults.append(plan.step)
+            self.host[plan.swap_out[:, 1]] = POISON
+            self.kv[plan.copies[:, 1]] = self.kv[plan.swap_in[:, 1]] = POISON
+        result = self._run(plan, spoil=SPOILT if where else 0)
         if where == "submit":
             raise Fault("injected")
         return Pending(Fault("injected") if where else result)
@@ -252,12 +255,9 @@ class FakeGroup:
             assert start == r.computed and count >= 1 and end <= len(r.tokens), (
                 f"row {row} computes [{start}, {end}) with {r.computed} of {len(r.tokens)} computed")
             assert end <= len(r.blocks) * size, f"row {row} has {len(r.blocks)} blocks for {end} tokens"
-            places = np.arange(start)
-            table = np.array(r.blocks, np.int64)
-            with np.errstate(over="ignore"):
-                read = self.kv[table[places // size], places % size] * (2 * places + 1).astype(np.uint64)
-                state = (ROOT + int(read.sum(dtype=np.uint64))) & MASK
-            assert state == r.state, f"row {row} reads KV that is not its own before {start}"
+            state = self._read(r, start)
+            assert spoil or state == r.state, f"row {row} reads KV that is not its own before {start}"
+            r.state = state
             work.append((row, r, start, end))
         # Everything that the step reads was there before it (or is the row's own); now everything is written.
         for row, r, start, end in work:
@@ -278,13 +278,20 @@ class FakeGroup:
 
     def _pass_over(self, plan: StepPlan) -> StepResult:
         """As a worker does: a failed step counts as computed and sampled, so that the next one fits; it is worth nothing."""
-        rows = plan.rows.tolist()
-        for row, source in zip(plan.sample_rows.tolist(), plan.sample_from.tolist(), strict=True):
+        for row in plan.sample_rows.tolist():
             r = self.rows[row]
-            r.state = self.rows[rows[source]].state  # a sibling shares the blocks that were spoilt
+            r.state = self._read(r, r.computed)  # a sibling shares the blocks that were spoilt
             if not r.sampling.beam:
                 r.tokens.append(0)
         return StepResult(epoch=plan.epoch, step=plan.step)
+
+    def _read(self, r: Row, end: int) -> int:
+        """The state that the KV of a row's first ``end`` tokens stands for."""
+        places, size = np.arange(end), self.info.block_size
+        table = np.array(r.blocks, np.int64)
+        with np.errstate(over="ignore"):
+            read = self.kv[table[places // size], places % size] * (2 * places + 1).astype(np.uint64)
+            return (ROOT + int(read.sum(dtype=np.uint64))) & MASK
 
     def _check_writes(self, plan: StepPlan) -> None:
         """No row writes into a block that another one holds, except a prompt for the siblings that start with it."""

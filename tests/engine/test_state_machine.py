@@ -184,7 +184,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _check_names(self):
         """I4: walk every prefix that a request of ours could have made, by the names that are cached."""
-        state, kv = self.bench.state, self.bench.group.kv
+        state, kv, host = self.bench.state, self.bench.group.kv, self.bench.group.host
         for row, owner in enumerate(state.sequences):
             if owner is None:
                 continue
@@ -201,6 +201,9 @@ class EngineMachine(RuleBasedStateMachine):
                 block = state.pool.find(name)
                 if block is not None:
                     assert kv[block].tolist() == places[index * 8 : index * 8 + 8], f"block {block} holds something else"
+                block = state.host_pool.find(name)
+                if block is not None:
+                    assert host[block].tolist() == places[index * 8 : index * 8 + 8], f"host block {block}: something else"
 
     def teardown(self):
         if not hasattr(self, "bench") or self.dead:
