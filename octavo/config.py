@@ -134,9 +134,8 @@ def nearest(name: str, known: set[str]) -> str:
     """" (did you mean X?)" for a misspelt name, else ""."""
     import difflib
 
-    shared = os.path.commonprefix([name, *known]) if len(known) > 1 else ""  # a prefix that all have says nothing
-    short = {other[len(shared) :]: other for other in known}
-    match = difflib.get_close_matches(name[len(shared) :], short, 1)
+    short = {other.removeprefix("OCTAVO_"): other for other in known}  # what all variables share says nothing
+    match = difflib.get_close_matches(name.removeprefix("OCTAVO_"), short, 1)
     return f" (did you mean {short[match[0]]}?)" if match else ""
 
 
