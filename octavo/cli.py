@@ -7,6 +7,7 @@ mistake is one line on stderr, never a traceback.
 
 import argparse
 import difflib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -83,6 +84,7 @@ def build_parser() -> FlagParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (usage errors leave through SystemExit, as in argparse)."""
+    _mend_streams()
     parser = build_parser()
     try:
         args = parser.parse_args(argv)
@@ -102,6 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _silence()
         return EXIT_PIPE
+    except OSError as error:  # a full disk behind stdout, say; files of ours have errors of their own
+        _silence()
+        print(f"octavo: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _mend_streams() -> None:
+    """A closed stdin reads as empty, and a terminal that cannot show a character gets its escape, not a traceback."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  it stays open for the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _start_logging() -> None:

@@ -175,3 +175,24 @@ def test_a_closed_pipe_is_quiet() -> None:
         process.stdout.close()
         error = process.stderr.read()
     assert (process.returncode, error) == (141, "")
+
+
+def run_in_shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A shell line with OCTAVO standing for the command."""
+    line = line.replace("OCTAVO", f"{sys.executable} -m octavo")
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+def test_a_full_disk_behind_stdout_is_one_line() -> None:
+    done = run_in_shell("OCTAVO info > /dev/full")
+    assert done.returncode == 1 and "No space left" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_closed_stdin_is_an_empty_one() -> None:
+    done = run_in_shell("OCTAVO generate smollm2 <&-")
+    assert done.returncode == 1 and done.stderr.startswith("octavo: error: ") and "Traceback" not in done.stderr
+
+
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    done = run_in_shell(f"OCTAVO plan {tmp_path}/\u00e9", LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "UnicodeEncodeError" not in done.stderr
