@@ -125,14 +125,6 @@ class BlockPool:
         refs = self.refs
         return sum(refs[block] == 0 for block in blocks)
 
-    def forget(self) -> None:
-        """Drop every digest; cached blocks become free. Used blocks stay with their owners."""
-        for block in self._by_digest.values():
-            self._digests[block] = None
-        self._by_digest.clear()
-        self._free.extend(self._cached)
-        self._cached.clear()
-
     def published(self) -> dict[bytes, int]:
         """A copy of the map from digest to block, for checks and tests."""
         return dict(self._by_digest)

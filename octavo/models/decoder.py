@@ -27,15 +27,14 @@ class Decoder:
 
     Args:
         spec: the network. dtype: storage type of matrices (float32, bfloat16, float16); activations, norms and biases
-            are float32. max_model_len: positions that the rotary tables hold. packed: matrices in panels, the only
-            format so far. shards: the tensor-parallel group.
+            are float32. max_model_len: positions that the rotary tables hold. shards: the tensor-parallel
+            group.
     """
 
     def __init__(
-        self, spec: DecoderSpec, *, dtype: torch.dtype, max_model_len: int, packed: bool = True,
+        self, spec: DecoderSpec, *, dtype: torch.dtype, max_model_len: int,
         shards: Shards | None = None,
     ) -> None:
-        assert packed, "only packed weights exist so far"
         self.spec, self.dtype, self.max_model_len = spec, dtype, max_model_len
         width = spec.embedding_dim or spec.hidden
         self._embed = Embedding(spec.vocab_size, spec.embedding_rows, width, tied=spec.tied, dtype=dtype)

@@ -55,7 +55,7 @@ def load_model(source: ModelSource, config: EngineConfig, dtype: torch.dtype, ma
 
 def _build(spec: DecoderSpec, dtype: torch.dtype, max_model_len: int) -> Decoder:
     try:
-        return Decoder(spec, dtype=dtype, max_model_len=max_model_len, packed=True)
+        return Decoder(spec, dtype=dtype, max_model_len=max_model_len)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "alloc" not in str(error):
             raise

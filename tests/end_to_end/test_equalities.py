@@ -140,14 +140,6 @@ def test_stepped_by_hand_equals_generate(tiny: Path, expected: list[Answer]) -> 
     assert [answer(done[str(i)]) for i in range(31)] == expected
 
 
-def test_default_mode_differs_only_at_near_ties(tiny: Path, expected: list[Answer]) -> None:
-    """Without the promise a greedy answer may leave the path only where the two best tokens were close."""
-    greedy = [(p, s.clone(temperature=0.0, n=1, top_p=1.0, top_k=-1, min_p=0.0)) for p, s in requests(2, 20)]
-    for got, wanted in zip(
-        run(tiny, greedy, alone=True, batch_invariant=False), run(tiny, greedy, batch_invariant=False), strict=True
-    ):
-        if got[0][0] != wanted[0][0]:
-            first = next(i for i, (a, b) in enumerate(zip(got[0][0], wanted[0][0], strict=False)) if a != b)
-            # greedy: the sampled token is the best one, so a step holds 3 entries, best first
-            top, second = (struct.unpack_from("<idi", got[0][1], 16 * (3 * first + k)) for k in range(2))
-            assert abs(top[1] - second[1]) < 0.05
+def test_default_mode_keeps_the_promise_too(tiny: Path, expected: list[Answer]) -> None:
+    """The kernels of a CPU sum in a fixed order in any case; the option only refuses to start without them."""
+    assert run(tiny, requests(1, 31), alone=True, batch_invariant=False) == expected

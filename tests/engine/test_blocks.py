@@ -77,17 +77,6 @@ def test_more_than_there_is_is_a_bug_of_the_caller():
         pool.publish(0, name(1))
 
 
-def test_forget_frees_what_nobody_uses():
-    pool = BlockPool(3)
-    used, idle = pool.take(2)
-    pool.publish(used, name(1))
-    pool.publish(idle, name(2))
-    pool.release([idle])
-    pool.forget()
-    pool.check()
-    assert (pool.num_free, pool.num_cached, pool.num_used) == (2, 0, 1)
-
-
 @pytest.mark.parametrize("damage", [
     lambda pool: pool.refs.__setitem__(0, 0), lambda pool: pool._free.append(0), lambda pool: pool._cached.__setitem__(1, None),
     lambda pool: pool._by_digest.clear()])

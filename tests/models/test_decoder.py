@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def make(spec: DecoderSpec, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> tuple[Decoder, dict[str, Tensor]]:
     """A decoder with random parameters, loaded in random order, and the parameters in float64."""
     generator = torch.Generator().manual_seed(seed)
-    decoder = Decoder(spec, dtype=dtype, max_model_len=64, packed=True)
+    decoder = Decoder(spec, dtype=dtype, max_model_len=64)
     parameters = {}
     for name, shape in decoder.expected().items():
         value = torch.randn(shape, generator=generator)

@@ -196,7 +196,7 @@ def tiny_spec(**changes):
 
 def tiny_decoder(spec, dtype=torch.float32, max_model_len=64):
     """A decoder with random weights whose logits are far from flat."""
-    decoder = Decoder(spec, dtype=dtype, max_model_len=max_model_len, packed=True)
+    decoder = Decoder(spec, dtype=dtype, max_model_len=max_model_len)
     rng = torch.Generator().manual_seed(1)
     for name, shape in decoder.expected().items():
         scale = 1.0 if len(shape) == 1 else 2.0 / shape[-1] ** 0.5
