@@ -12,6 +12,7 @@
 
 #include "common/check.h"
 #include "common/isa.h"
+#include "common/unbox.h"
 #include "cpu/parallel.h"
 
 // With an instruction set other than x86 there is only `plain`, and the other names stand for it.
@@ -41,75 +42,6 @@ void run_ranges(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, voi
 }
 
 namespace {
-
-using Handle = torch::stable::Tensor;
-using torch::headeronly::ScalarType;
-
-DType dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return f32;
-    case ScalarType::Half:
-      return f16;
-    case ScalarType::BFloat16:
-      return bf16;
-    case ScalarType::Long:
-      return i64;
-    case ScalarType::Int:
-      return i32;
-    case ScalarType::Bool:
-      return b8;
-    default:
-      return other;
-  }
-}
-
-Tensor view(const Handle& handle) {
-  Tensor t;
-  t.data = handle.data_ptr();
-  t.dtype = dtype_of(handle.scalar_type());
-  t.item_size = static_cast<int64_t>(handle.element_size());
-  const auto sizes = handle.sizes();
-  const auto strides = handle.strides();
-  STD_TORCH_CHECK(sizes.size() <= max_dims, "octavo: a tensor of ", sizes.size(), " dimensions, at most ", max_dims, " are supported");
-  t.ndim = static_cast<int>(sizes.size());
-  for (int d = 0; d < t.ndim; ++d) {
-    t.size[d] = sizes[d];
-    t.stride[d] = strides[d];
-  }
-  return t;
-}
-
-// What the dispatcher hands over for a parameter of an operator, and how it becomes that parameter.
-template <class Parameter>
-struct Unboxed {  // numbers and bool
-  using type = Parameter;
-  const Parameter& value;
-  Parameter get() const { return value; }
-};
-template <>
-struct Unboxed<const Tensor&> {
-  using type = Handle;
-  Tensor value;
-  explicit Unboxed(const Handle& handle) : value(view(handle)) {}
-  const Tensor& get() const { return value; }
-};
-template <>
-struct Unboxed<const Tensor*> {
-  using type = std::optional<Handle>;
-  std::optional<Tensor> value;
-  explicit Unboxed(const std::optional<Handle>& handle) {
-    if (handle) value = view(*handle);
-  }
-  const Tensor* get() const { return value ? &*value : nullptr; }
-};
-template <>
-struct Unboxed<std::string_view> {
-  using type = std::string;
-  std::string_view value;
-  explicit Unboxed(const std::string& text) : value(text) {}
-  std::string_view get() const { return value; }
-};
 
 // One operator in all its instruction sets, callable by the dispatcher.
 template <auto plain, auto avx2, auto avx512, class Signature = decltype(plain)>
@@ -152,14 +84,17 @@ STABLE_TORCH_LIBRARY(octavo, m) {
   m.def("gated_activation(Tensor(a!) out, Tensor x, str kind) -> ()");
   m.def("activation(Tensor(a!) out, Tensor x, str kind) -> ()");
 
-  m.def("write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
-  m.def("gather_kv(Tensor(a!) key, Tensor(b!) value, Tensor k_cache, Tensor v_cache, Tensor slots) -> ()");
+  m.def("write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
+      "float k_scale=1.0, float v_scale=1.0) -> ()");
+  m.def("gather_kv(Tensor(a!) key, Tensor(b!) value, Tensor k_cache, Tensor v_cache, Tensor slots, "
+      "float k_scale=1.0, float v_scale=1.0) -> ()");
   m.def("copy_blocks(Tensor(a!) kv, Tensor pairs) -> ()");
   m.def("swap_blocks(Tensor src, Tensor(a!) dst, Tensor pairs) -> ()");
 
   m.def(
       "paged_attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor rows, "
-      "Tensor query_start, Tensor context_len, float scale, int window, float softcap, Tensor? alibi_slopes) -> ()");
+      "Tensor query_start, Tensor context_len, float scale, int window, float softcap, Tensor? alibi_slopes, "
+      "float k_scale=1.0, float v_scale=1.0, Tensor? work=None, Tensor(b!)? partials=None, int max_query=0) -> ()");
 
   m.def("pack_linear(Tensor weight) -> Tensor");
   m.def("linear(Tensor(a!) out, Tensor x, Tensor packed, Tensor? bias, int n) -> ()");
@@ -174,6 +109,35 @@ STABLE_TORCH_LIBRARY(octavo, m) {
   m.def(
       "token_logprobs(Tensor(a!) logprobs, Tensor(b!) ranks, Tensor(c!) top_ids, Tensor(d!) top_logprobs, Tensor logits, "
       "Tensor tokens) -> ()");
+
+  // Operators of the GPU alone: cuda/bindings_*.cpp has their kernels.
+  m.def("rms_norm_fp8(Tensor(a!) out, Tensor(b!) scale, Tensor x, Tensor weight, float eps, float offset) -> ()");
+  m.def(
+      "add_rms_norm_fp8(Tensor(a!) out, Tensor(b!) scale, Tensor(c!) residual, Tensor x, Tensor weight, float eps, float offset) -> ()");
+  m.def("layer_norm_fp8(Tensor(a!) out, Tensor(b!) scale, Tensor x, Tensor weight, Tensor? bias, float eps) -> ()");
+  m.def("gated_activation_fp8(Tensor(a!) out, Tensor(b!) scale, Tensor x, str kind) -> ()");
+  m.def("activation_fp8(Tensor(a!) out, Tensor(b!) scale, Tensor x, str kind) -> ()");
+  m.def("lookup(Tensor(a!) out, Tensor ids, Tensor table) -> ()");
+  m.def(
+      "rotate_and_cache(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor slots, Tensor positions, "
+      "Tensor? cos_sin, bool interleaved, Tensor? q_weight, Tensor? k_weight, float eps, float offset, float k_scale=1.0, "
+      "float v_scale=1.0) -> ()");
+  m.def(
+      "attention_plan(Tensor(a!) work, Tensor query_start, Tensor context_len, int heads, int kv_heads, int head_dim, int window, "
+      "int max_query, int max_partials) -> ()");
+  m.def("skinny_linear(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor(b!) scratch) -> ()");
+  m.def("skinny_gated(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, str kind, Tensor(b!) scratch) -> ()");
+  m.def(
+      "norm_linear(Tensor(a!) out, Tensor(b!) total, Tensor residual, Tensor delta, Tensor norm_weight, float eps, float offset, "
+      "Tensor weight, Tensor? bias, Tensor(c!) scratch) -> ()");
+  m.def(
+      "norm_gated(Tensor(a!) out, Tensor(b!) total, Tensor residual, Tensor delta, Tensor norm_weight, float eps, float offset, "
+      "Tensor weight, Tensor? bias, str kind, Tensor(c!) scratch) -> ()");
+  m.def("count_tokens(Tensor(a!) counts, Tensor slots, Tensor tokens) -> ()");
+  m.def(
+      "begin_step(Tensor staging, Tensor(a!) block_tables, Tensor(b!) last_token, Tensor(c!) length, Tensor(d!) ids, "
+      "Tensor(e!) positions, Tensor(f!) slots, Tensor(g!) rows, Tensor(h!) query_start, Tensor(i!) context_len, int block_size, "
+      "int scratch_block) -> ()");
 
   m.def("isa() -> str");
   m.def("set_isa(str name) -> str");

@@ -53,12 +53,14 @@ void write_kv(const Tensor& key,        // float32 [T, H, D], stride of dimensio
               const Tensor& value,      // float32 [T, H, D], stride of dimension 0 free
               const Tensor& k_cache,    // storage [B, S, H, D]
               const Tensor& v_cache,    // storage [B, S, H, D]
-              const Tensor& slots);     // int64 [T]: block * S + offset, or -1
+              const Tensor& slots,      // int64 [T]: block * S + offset, or -1
+              double k_scale, double v_scale);  // 1: for caches of 8-bit types, which only CUDA has
 void gather_kv(const Tensor& key,       // float32 [T, H, D]
                const Tensor& value,     // float32 [T, H, D]
                const Tensor& k_cache,   // storage [B, S, H, D]
                const Tensor& v_cache,   // storage [B, S, H, D]
-               const Tensor& slots);    // int64 [T]; -1 gives zeros
+               const Tensor& slots,     // int64 [T]; -1 gives zeros
+               double k_scale, double v_scale);  // 1
 void copy_blocks(const Tensor& kv,      // any [L, 2, B, S, H, D]
                  const Tensor& pairs);  // int32 [N, 2]: source, destination; destinations are disjoint from sources
 void swap_blocks(const Tensor& src,     // any [L, 2, A, S, H, D]
@@ -75,7 +77,9 @@ void paged_attention(const Tensor& out,           // float32 [T, Q, D]
                      const Tensor& query_start,   // int32 [N + 1]
                      const Tensor& context_len,   // int32 [N]
                      double scale, int64_t window, double softcap,
-                     const Tensor* alibi_slopes);  // float32 [Q]
+                     const Tensor* alibi_slopes,  // float32 [Q]
+                     double k_scale, double v_scale,  // 1
+                     const Tensor* work, const Tensor* partials, int64_t max_query);  // for CUDA; not read here
 
 // --- cpu/gemm.cpp ----------------------------------------------------------------------------------------------------------------
 void pack_linear(const Tensor& packed,   // storage [P, K, 32], P = ceil(N / 32): bindings.cpp allocates it

@@ -13,7 +13,7 @@ std::string dtype_names(uint32_t dtypes) {
   static constexpr struct {
     DType dtype;
     const char* name;
-  } names[] = {{f32, "float32"}, {f16, "float16"}, {bf16, "bfloat16"}, {i64, "int64"}, {i32, "int32"}, {b8, "bool"}};
+  } names[] = {{f32, "float32"}, {f16, "float16"}, {bf16, "bfloat16"}, {i64, "int64"}, {i32, "int32"}, {b8, "bool"}, {e4m3, "float8_e4m3fn"}};
   if (dtypes == any_type) return "any dtype";
   std::string text;
   for (const auto& entry : names)

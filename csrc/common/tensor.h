@@ -15,9 +15,10 @@ enum DType : uint32_t {
   i64 = 8,
   i32 = 16,
   b8 = 32,                           // bool, one byte
-  other = 64,                        // any dtype that no kernel computes with
+  e4m3 = 64,                         // 8-bit float, 4 bits of exponent and 3 of fraction: KV cache and quantised activations
+  other = 128,                       // any dtype that no kernel computes with
   storage_types = f32 | f16 | bf16,  // weights and the KV cache
-  any_type = 127,
+  any_type = 255,
 };
 
 constexpr int max_dims = 6;

@@ -478,7 +478,8 @@ void run(const Problem& a, int64_t num_sequences) {
 }  // namespace
 
 void paged_attention(const Tensor& out, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables, const Tensor& rows_tensor,
-                     const Tensor& query_start, const Tensor& context_len, double scale, int64_t window, double softcap, const Tensor* alibi_slopes) {
+                     const Tensor& query_start, const Tensor& context_len, double scale, int64_t window, double softcap, const Tensor* alibi_slopes,
+                     double k_scale, double v_scale, const Tensor*, const Tensor*, int64_t) {
   Contract c("paged_attention");
   c.tensor("q", q, "TQD", f32, rows);
   c.tensor("out", out, "TQD", f32);
@@ -489,6 +490,7 @@ void paged_attention(const Tensor& out, const Tensor& q, const Tensor& k_cache, 
   c.tensor("query_start", query_start, "U", i32);
   c.tensor("context_len", context_len, "N", i32);
   if (alibi_slopes) c.tensor("alibi_slopes", *alibi_slopes, "Q", f32);
+  c.require(k_scale == 1 && v_scale == 1, "k_scale = %g and v_scale = %g, but a cache of this type has no scales", k_scale, v_scale);
   const auto number = [](int64_t x) { return static_cast<long long>(x); };
   c.require(c['H'] > 0 && c['Q'] % c['H'] == 0 && c['D'] > 0, "%lld query heads do not share %lld kv heads of %lld dims", number(c['Q']), number(c['H']),
             number(c['D']));

@@ -19,13 +19,15 @@ int64_t grain(int64_t elements_of_one) { return elements_of_one >= grain_element
 struct Slots {
   int64_t tokens, width;
 };
-Slots check(const char* op, const Tensor& key, const Tensor& value, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
+Slots check(const char* op, const Tensor& key, const Tensor& value, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots,
+            double k_scale, double v_scale) {
   Contract c(op);
   c.tensor("key", key, "THD", f32, rows);
   c.tensor("value", value, "THD", f32, rows);
   c.tensor("k_cache", k_cache, "BSHD", storage_types);
   c.tensor("v_cache", v_cache, "BSHD", k_cache.dtype);
   c.tensor("slots", slots, "T", i64);
+  c.require(k_scale == 1 && v_scale == 1, "k_scale = %g and v_scale = %g, but a cache of this type has no scales", k_scale, v_scale);
   const int64_t num_slots = c['B'] * c['S'];
   const int64_t* slot = slots.ptr<int64_t>();
   for (int64_t t = 0; t < c['T']; ++t)
@@ -101,8 +103,9 @@ char* mark_destinations(const Contract& c, const int32_t* pairs, int64_t num_pai
 
 }  // namespace
 
-void write_kv(const Tensor& key, const Tensor& value, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
-  const auto [tokens, width] = check("write_kv", key, value, k_cache, v_cache, slots);
+void write_kv(const Tensor& key, const Tensor& value, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots, double k_scale,
+             double v_scale) {
+  const auto [tokens, width] = check("write_kv", key, value, k_cache, v_cache, slots, k_scale, v_scale);
   const int64_t* slot = slots.ptr<int64_t>();
   parallel_for(tokens, grain(2 * width), [&, width = width](int64_t begin, int64_t end) {
     const auto both = [&](auto write) {
@@ -118,8 +121,9 @@ void write_kv(const Tensor& key, const Tensor& value, const Tensor& k_cache, con
   });
 }
 
-void gather_kv(const Tensor& key, const Tensor& value, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
-  const auto [tokens, width] = check("gather_kv", key, value, k_cache, v_cache, slots);
+void gather_kv(const Tensor& key, const Tensor& value, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots, double k_scale,
+              double v_scale) {
+  const auto [tokens, width] = check("gather_kv", key, value, k_cache, v_cache, slots, k_scale, v_scale);
   const int64_t* slot = slots.ptr<int64_t>();
   parallel_for(tokens, grain(2 * width), [&, width = width](int64_t begin, int64_t end) {
     const auto both = [&](auto read) {

@@ -1,8 +1,10 @@
 """The only door to the compiled kernels: loads ``_C.so`` beside this file, or says once that it is not there.
 
 Owns the loading, the fake (meta) versions and the choice between kernel and reference; it does not know what an
-operator computes. Invariant: the choice is made once, at import, for all operators together: either every name of NAMES
-is a kernel or every one is a function of reference.py. An extension that is there and cannot be used is a ConfigError.
+operator computes. ``_C.so`` has every schema and the kernels of the CPU; ``_cuda.so``, loaded only when a GPU is to be
+used, adds those of CUDA under the same names. Invariant: the choice is made once, at import, for all operators together:
+either every name is a kernel or every one is a function of reference.py or fused_reference.py. An extension that is there
+and cannot be used is a ConfigError.
 """
 
 from collections.abc import Callable
@@ -12,18 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import octavo.ops.fused_reference as fused_reference
 import octavo.ops.reference as reference
 from octavo.errors import ConfigError
 from octavo.log import get_logger
 
 EXTENSION = Path(__file__).with_name("_C.so")
+CUDA_EXTENSION = Path(__file__).with_name("_cuda.so")
 REBUILD = "Build it with `make ext` in a checkout, or install Octavo again where a C++ compiler is found."
+REBUILD_CUDA = "Build them with `make cuda` in a checkout, on a machine with the CUDA toolkit (11.8 or newer)."
 IN_PLACE = (
     "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "gated_activation", "activation",
     "write_kv", "gather_kv", "copy_blocks", "swap_blocks", "paged_attention", "linear", "embedding",
     "penalties", "sample", "token_logprobs",
 )
 NAMES = (*IN_PLACE, "pack_linear")
+GPU_NAMES = (  # operators without a CPU kernel, all in place
+    "rms_norm_fp8", "add_rms_norm_fp8", "layer_norm_fp8", "gated_activation_fp8", "activation_fp8", "lookup",
+    "rotate_and_cache", "attention_plan", "skinny_linear", "skinny_gated", "norm_linear", "norm_gated", "count_tokens",
+)
 
 
 def _load(path: Path) -> bool:
@@ -40,7 +49,7 @@ def _load(path: Path) -> bool:
     except (OSError, RuntimeError) as error:
         reason = error.__cause__ or error  # torch wraps the loader's own words
         raise ConfigError(f"{path} cannot be loaded with torch {torch.__version__}: {reason}. {REBUILD}") from error
-    missing = [name for name in NAMES if not hasattr(torch.ops.octavo, name)]
+    missing = [name for name in (*NAMES, *GPU_NAMES) if not hasattr(torch.ops.octavo, name)]
     if missing:
         raise ConfigError(f"{path} is from another version of Octavo: it lacks {', '.join(missing)}. {REBUILD}")
     return True
@@ -48,7 +57,7 @@ def _load(path: Path) -> bool:
 
 def _register_fakes() -> None:
     """Shapes without data, for tracing: the out-variants return nothing, so there is nothing to work out."""
-    for name in IN_PLACE:
+    for name in (*IN_PLACE, *GPU_NAMES):
         torch.library.register_fake(f"octavo::{name}", lambda *args: None)
     torch.library.register_fake("octavo::pack_linear", _fake_pack_linear)
 
@@ -68,10 +77,28 @@ def choose(name: str) -> Callable[..., Any]:
 
     The kernel is returned as torch's own overload, without a Python function around it: a layer calls about ten.
     """
-    if name not in NAMES:
+    if name not in NAMES and name not in GPU_NAMES:
         raise AttributeError(f"{name} is not an operator of Octavo")
-    chosen: Callable[..., Any] = getattr(torch.ops.octavo, name).default if _BUILT else getattr(reference, name)
+    module = torch.ops.octavo if _BUILT else reference if name in NAMES else fused_reference
+    chosen: Callable[..., Any] = getattr(module, name).default if _BUILT else getattr(module, name)
     return chosen
+
+
+def load_cuda() -> None:
+    """Add the CUDA kernels to the operators; further calls do nothing.
+
+    Raises:
+        ConfigError: they are not built, or cannot be loaded.
+    """
+    if not _BUILT or not CUDA_EXTENSION.is_file():
+        missing = (CUDA_EXTENSION if _BUILT else EXTENSION).name
+        raise ConfigError(f"the CUDA kernels are not built (no {missing}). {REBUILD_CUDA}", "device")
+    load: Callable[[str], None] = torch.ops.load_library
+    try:
+        load(str(CUDA_EXTENSION))
+    except (OSError, RuntimeError) as error:
+        reason = error.__cause__ or error
+        raise ConfigError(f"{CUDA_EXTENSION} cannot be loaded: {reason}. {REBUILD_CUDA}", "device") from error
 
 
 def built() -> bool:

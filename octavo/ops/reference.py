@@ -15,6 +15,7 @@ from torch import Tensor
 
 PANEL = 32  # output features in one panel of a packed weight
 PARTITION = 256  # tokens in one partition of the keys, counted from the start of the context
+E4M3_MAX = 448.0
 
 
 # Norms: x may be [tokens, hidden] or [tokens, heads, head_dim]; the last dim is normalised.
@@ -85,19 +86,30 @@ def activation(out: Tensor, x: Tensor, kind: str) -> None:
 # KV cache: slot = block * block_size + offset; -1 stands for no slot
 
 
-def write_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Token t's key and value go to slots[t]; -1 writes nowhere."""
+def write_kv(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: float = 1.0, v_scale: float = 1.0
+) -> None:
+    """Token t's key and value go to slots[t], divided by the scales; -1 writes nowhere."""
     used = slots >= 0
-    for x, cache in ((key, k_cache), (value, v_cache)):
-        cache.view(-1, *cache.shape[2:])[slots[used]] = x[used].to(cache.dtype)
+    for x, cache, scale in ((key, k_cache, k_scale), (value, v_cache, v_scale)):
+        cache.view(-1, *cache.shape[2:])[slots[used]] = narrowed(x[used].float() / scale, cache.dtype)
 
 
-def gather_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def gather_kv(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: float = 1.0, v_scale: float = 1.0
+) -> None:
     """The inverse of write_kv: row t is read from slots[t]; -1 gives zeros."""
     used = slots >= 0
-    for x, cache in ((key, k_cache), (value, v_cache)):
+    for x, cache, scale in ((key, k_cache, k_scale), (value, v_cache, v_scale)):
         x.zero_()
-        x[used] = cache.view(-1, *cache.shape[2:])[slots[used]].to(x.dtype)
+        x[used] = (cache.view(-1, *cache.shape[2:])[slots[used]].float() * scale).to(x.dtype)
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x float32 in another type; an 8-bit float saturates at its largest value instead of becoming NaN."""
+    if dtype == torch.float8_e4m3fn:
+        x = x.clamp(-E4M3_MAX, E4M3_MAX)
+    return x.to(dtype)
 
 
 def copy_blocks(kv: Tensor, pairs: Tensor) -> None:
@@ -119,7 +131,8 @@ def swap_blocks(src: Tensor, dst: Tensor, pairs: Tensor) -> None:
 
 def paged_attention(
     out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, rows: Tensor, query_start: Tensor,
-    context_len: Tensor, scale: float, window: int, softcap: float, alibi_slopes: Tensor | None,
+    context_len: Tensor, scale: float, window: int, softcap: float, alibi_slopes: Tensor | None, k_scale: float = 1.0,
+    v_scale: float = 1.0, work: Tensor | None = None, partials: Tensor | None = None, max_query: int = 0,
 ) -> None:
     """Causal attention of every sequence's new tokens over its blocks, partitions merged left to right."""
     block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
@@ -142,8 +155,8 @@ def paged_attention(
         for begin in range(first, context, PARTITION):
             keys = torch.arange(begin, min(begin + PARTITION, context))
             blocks = block_tables[row, keys // block_size].long()
-            k = k_cache[blocks, keys % block_size].float().transpose(0, 1).unsqueeze(1)
-            v = v_cache[blocks, keys % block_size].float().transpose(0, 1).unsqueeze(1)
+            k = k_cache[blocks, keys % block_size].float().mul_(k_scale).transpose(0, 1).unsqueeze(1)
+            v = v_cache[blocks, keys % block_size].float().mul_(v_scale).transpose(0, 1).unsqueeze(1)
             distance = positions - keys
             scores = queries @ k.transpose(2, 3)
             if softcap > 0:

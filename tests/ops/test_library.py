@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from octavo import ops
 from octavo.errors import ConfigError
-from octavo.ops import library, reference
+from octavo.ops import fused_reference, library, reference
 
 ROOT = Path(library.__file__).parents[2]
 built = pytest.mark.skipif(not ops.built(), reason="the extension is not built")
@@ -29,7 +29,7 @@ beside = pathlib.Path.with_name
 pathlib.Path.with_name = lambda path, name: beside(path, "absent.so" if name == "_C.so" else name)
 import torch
 from octavo import ops
-from octavo.ops import library, reference
+from octavo.ops import fused_reference, library, reference
 from octavo.errors import ConfigError
 out = torch.empty(2, 3)
 ops.rms_norm(out, torch.ones(2, 3), torch.ones(3), 0.0, 0.0)
@@ -76,14 +76,15 @@ def test_an_extension_that_cannot_be_loaded_is_refused_with_the_reason(tmp_path)
 
 
 def test_every_operator_is_exported_and_unwrapped():
-    for name in library.NAMES:
+    for name in (*library.NAMES, *library.GPU_NAMES):
         chosen = library.choose(name)
         assert getattr(ops, name) is chosen
         if ops.built():
             assert isinstance(chosen, torch._ops.OpOverload)
         else:
-            assert chosen is getattr(reference, name)
-    assert set(library.NAMES) == set(ops.__all__) - {"AttentionMeta", "REBUILD", "built", "isa"}
+            assert chosen is plain(name)
+    others = {"AttentionMeta", "REBUILD", "built", "isa", "load_cuda"}
+    assert {*library.NAMES, *library.GPU_NAMES} == set(ops.__all__) - others
     with pytest.raises(AttributeError, match="no_such"):
         library.choose("no_such")
 
@@ -93,11 +94,16 @@ def test_isa_is_what_the_kernels_use():
     assert ops.isa() in ("plain", "avx2", "avx512")
 
 
+def plain(name):
+    """The reference function of an operator."""
+    return getattr(reference if name in library.NAMES else fused_reference, name)
+
+
 @built
-@pytest.mark.parametrize("name", library.NAMES)
+@pytest.mark.parametrize("name", [*library.NAMES, *library.GPU_NAMES])
 def test_schema_and_reference_agree(name):
     schema = library.choose(name)._schema
-    parameters = list(inspect.signature(getattr(reference, name)).parameters)
+    parameters = list(inspect.signature(plain(name)).parameters)
     assert [argument.name for argument in schema.arguments] == parameters
     assert len(schema.returns) == (1 if name == "pack_linear" else 0)
 

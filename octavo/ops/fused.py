@@ -1,0 +1,25 @@
+"""Operators that only GPUs have: fused steps, 8-bit outputs, GEMMs of few rows over plain weights.
+
+Owns the names; what they compute is written in fused_reference.py, the shapes in csrc/cuda/ops.h. Invariant: nothing that runs on a
+CPU calls them.
+"""
+
+from collections.abc import Callable
+
+from octavo.ops.library import choose
+
+Operator = Callable[..., None]
+
+rms_norm_fp8: Operator = choose("rms_norm_fp8")
+add_rms_norm_fp8: Operator = choose("add_rms_norm_fp8")
+layer_norm_fp8: Operator = choose("layer_norm_fp8")
+gated_activation_fp8: Operator = choose("gated_activation_fp8")
+activation_fp8: Operator = choose("activation_fp8")
+lookup: Operator = choose("lookup")
+rotate_and_cache: Operator = choose("rotate_and_cache")
+attention_plan: Operator = choose("attention_plan")
+skinny_linear: Operator = choose("skinny_linear")
+skinny_gated: Operator = choose("skinny_gated")
+norm_linear: Operator = choose("norm_linear")
+norm_gated: Operator = choose("norm_gated")
+count_tokens: Operator = choose("count_tokens")
