@@ -6,7 +6,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help install ext demo test lint docs config-docs bench clean
+.PHONY: help install ext cuda cuda-all gpu-check demo test lint docs config-docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -25,6 +25,16 @@ install: .venv/.installed  ## make .venv and install Octavo into it, with the te
 
 ext: .venv/.installed  ## build the C++ kernels in place (output in build/ext.log); without a compiler none, and it says so
 	@$(BIN)/python scripts/build_ext.py
+
+cuda: ext  ## build the CUDA kernels in place, for the GPUs of this machine or OCTAVO_CUDA_ARCHS="9.0a;8.0"
+	@$(BIN)/python scripts/build_cuda.py
+
+cuda-all: ext  ## build the CUDA kernels for every architecture (half an hour of one processor)
+	@$(BIN)/python scripts/build_cuda.py --all
+
+# For a GPU machine without a network: no .venv, the Python that is there (PYTHON=) with torch, numpy and pytest.
+gpu-check:  ## on a GPU machine: build, test, sanitise and measure the CUDA kernels with PYTHON (arguments: CHECK="--only tests")
+	@$(PYTHON) scripts/gpu_check.py $(CHECK)
 
 demo: ext  ## answer a batch of prompts with a real model (fetches 98 MB the first time)
 	@$(BIN)/python examples/demo.py
@@ -51,5 +61,5 @@ bench: ext  ## compare with transformers on this machine (the table of docs/perf
 	@$(BIN)/python benchmarks/against_transformers.py
 
 clean:  ## remove what was built; .venv and the model cache stay
-	@rm -rf build dist docs/_build octavo/ops/_C.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist docs/_build octavo/ops/_C.so octavo/ops/_cuda.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find octavo tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -135,9 +135,10 @@ STABLE_TORCH_LIBRARY(octavo, m) {
       "Tensor weight, Tensor? bias, str kind, Tensor(c!) scratch) -> ()");
   m.def("count_tokens(Tensor(a!) counts, Tensor slots, Tensor tokens) -> ()");
   m.def(
-      "begin_step(Tensor staging, Tensor(a!) block_tables, Tensor(b!) last_token, Tensor(c!) length, Tensor(d!) ids, "
-      "Tensor(e!) positions, Tensor(f!) slots, Tensor(g!) rows, Tensor(h!) query_start, Tensor(i!) context_len, int block_size, "
-      "int scratch_block) -> ()");
+      "begin_step(Tensor staging, Tensor(a!) block_tables, Tensor(b!) last_token, Tensor(c!) parameters, Tensor(d!) ids, "
+      "Tensor(e!) positions, Tensor(f!) slots, Tensor(g!) rows, Tensor(h!) query_start, Tensor(i!) context_len, Tensor(j!) sample_ints, "
+      "Tensor(k!) sample_floats, Tensor(l!) sample_seeds, Tensor(m!) result_slot, int block_size) -> ()");
+  m.def("end_step(Tensor tokens, Tensor samples, Tensor(a!) last_token, Tensor(b!) results, Tensor result_slot) -> ()");
 
   m.def("isa() -> str");
   m.def("set_isa(str name) -> str");

@@ -38,6 +38,8 @@ This page is written by `make config-docs` from the code.
 
 VARIABLES = {
     "OCTAVO_CACHE": "folder of the default model; else `$XDG_CACHE_HOME/octavo`, else `~/.cache/octavo`",
+    "OCTAVO_CUDA_ARCHS": "read by the build of the CUDA kernels: what they are compiled for, such as `9.0a;8.0+PTX`; "
+    "else the GPUs of the machine",
     "OCTAVO_LOGGING_LEVEL": "`DEBUG`, `INFO` (default), `WARNING` or `ERROR`",
 }
 

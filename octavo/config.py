@@ -18,7 +18,7 @@ DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 POLICIES = ("fcfs", "priority", "sjf")
-ENVIRONMENT = ("OCTAVO_CACHE", "OCTAVO_LOGGING_LEVEL")
+ENVIRONMENT = ("OCTAVO_CACHE", "OCTAVO_CUDA_ARCHS", "OCTAVO_LOGGING_LEVEL")
 
 
 def _option(default: Any, help: str, *, choices: tuple[Any, ...] = (), flag: str = "", kind: Any = None) -> Any:

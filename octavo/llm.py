@@ -23,8 +23,7 @@ from octavo.text.chat import ChatTemplate, chat_prompt, load_chat_template
 from octavo.text.collector import Collector
 from octavo.text.intake import Intake, Prompt
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
-from octavo.worker.group import LocalGroup
-from octavo.worker.runner import check_supported
+from octavo.worker.group import check_supported, make_group
 
 logger = log.get_logger(__name__)
 
@@ -47,7 +46,7 @@ class LLMEngine:
         self.source = resolve(config)
         self.tokenizer: Tokenizer | None = None if config.skip_tokenizer_init else load_tokenizer(self.source, config)
         self.intake = Intake(self.source, config, self.tokenizer)
-        self.group = LocalGroup(config, self.source)
+        self.group = make_group(config, self.source)
         self.engine = Engine(config, self.group, seed=config.seed)
         self.collector = Collector()
         info = self.group.info

@@ -29,7 +29,7 @@ def main() -> int:
         print("octavo: cmake was not found (pip install cmake ninja), so no kernels are built.")
         return 0
     build = ROOT / "build" / "ext"
-    configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
+    configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}", "-DOCTAVO_CUDA=OFF"]
     ninja = tool("ninja")
     if ninja is not None and not (build / "CMakeCache.txt").exists():
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

@@ -107,7 +107,7 @@ def test_outputs() -> None:
 
 
 def test_environment() -> None:
-    assert set(ENVIRONMENT) == {"OCTAVO_CACHE", "OCTAVO_LOGGING_LEVEL"}
+    assert set(ENVIRONMENT) == {"OCTAVO_CACHE", "OCTAVO_CUDA_ARCHS", "OCTAVO_LOGGING_LEVEL"}
 
 
 def test_flags_of_every_command() -> None:

@@ -4,4 +4,5 @@
 
 STABLE_TORCH_LIBRARY_IMPL(octavo, CUDA, m) {
   OCTAVO_CUDA(begin_step);
+  OCTAVO_CUDA(end_step);
 }

@@ -98,6 +98,7 @@ void paged_attention(const Tensor& out,           // act [T, Q, D]; rows of no s
                      int64_t max_query);      // no sequence has more new tokens; decides which kernels are launched
 
 // --- gemm_skinny.cu: 1 to 64 rows; K is split at places that depend on the weight's shape alone ------------------------------------
+int64_t skinny_scratch_floats();  // elements of `scratch` that are enough for every shape; norm_linear and norm_gated ask for them
 void skinny_linear(const Tensor& out,     // act or float32 [M, N]; stride of dimension 0 free
                    const Tensor& x,       // act [M, K]; stride of dimension 0 free
                    const Tensor& weight,  // act [N, K]
@@ -136,17 +137,26 @@ void sample(const Tensor& tokens,       // int32 [S]
 void token_logprobs(const Tensor& logprobs, const Tensor& ranks, const Tensor& top_ids, const Tensor& top_logprobs, const Tensor& logits,
                     const Tensor& tokens);
 
-// --- step.cu: see the file ---------------------------------------------------------------------------------------------------------
-void begin_step(const Tensor& staging,       // int32 [X]: what the host sends for a step
-                const Tensor& block_tables,  // int32 [R, M]
-                const Tensor& last_token,    // int32 [R]
-                const Tensor& length,        // int32 [R]: tokens whose KV is written
-                const Tensor& ids,           // int64 [T], written
-                const Tensor& positions,     // int64 [T], written
-                const Tensor& slots,         // int64 [T], written
-                const Tensor& rows,          // int32 [N], written
-                const Tensor& query_start,   // int32 [N + 1], written
-                const Tensor& context_len,   // int32 [N], written
-                int64_t block_size, int64_t scratch_block);
+// --- step.cu: the layout of staging is written there --------------------------------------------------------------------------------
+void begin_step(const Tensor& staging,        // int32 [X]: what the host sends for a step
+                const Tensor& block_tables,   // int32 [R, M], changed
+                const Tensor& last_token,     // int32 [R], changed
+                const Tensor& parameters,     // int32 [R, 8], changed: bits of temperature, top_k, top_p, min_p, seed, index
+                const Tensor& ids,            // int64 [T], written; so are all that follow
+                const Tensor& positions,      // int64 [T]
+                const Tensor& slots,          // int64 [T]
+                const Tensor& rows,           // int32 [N]
+                const Tensor& query_start,    // int32 [N + 1]
+                const Tensor& context_len,    // int32 [N]
+                const Tensor& sample_ints,    // int32 [5, R]: row, source, place, top_k, index
+                const Tensor& sample_floats,  // float32 [3, R]: temperature, top_p, min_p
+                const Tensor& sample_seeds,   // int64 [R]
+                const Tensor& result_slot,    // int32 [1]
+                int64_t block_size);
+void end_step(const Tensor& tokens,        // int32 [S]: what sampling chose
+              const Tensor& samples,       // int32 [S]: its row; -1: nobody's
+              const Tensor& last_token,    // int32 [R], written
+              const Tensor& results,       // int32 [slots, R] in pinned host memory, written
+              const Tensor& result_slot);  // int32 [1]
 
 }  // namespace octavo::cuda

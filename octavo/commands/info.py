@@ -38,7 +38,7 @@ def _devices() -> dict[str, str]:
     import torch
 
     from octavo.bench.report import cpu_name, gpus
-    from octavo.worker.memory import machine_memory, size_text
+    from octavo.worker.machine import machine_memory, size_text
 
     memory = machine_memory()
     names, driver = gpus()

@@ -14,7 +14,8 @@ from octavo.config import EngineConfig, human_int
 from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from octavo.worker.memory import Machine, MemoryPlan
+    from octavo.worker.machine import Machine
+    from octavo.worker.memory import MemoryPlan
 
 
 def add_parser(commands: Any) -> None:
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _machine(config: EngineConfig, device_memory: int | None) -> "Machine":
     """The device to plan for: this host's memory, or ``device_memory`` of the configured kind of device."""
-    from octavo.worker.memory import machine_memory, resolve_device
+    from octavo.worker.machine import machine_memory
+    from octavo.worker.memory import resolve_device
 
     host, device = machine_memory(), resolve_device(config)
     if device_memory is not None:
@@ -60,7 +62,7 @@ def _machine(config: EngineConfig, device_memory: int | None) -> "Machine":
 
 def show(model: str, machine: "Machine", plan: "MemoryPlan") -> None:
     """Print the table and what follows from it."""
-    from octavo.worker.memory import size_text
+    from octavo.worker.machine import size_text
 
     rows = [(row.name, size_text(row.bytes), row.how) for row in plan.rows]
     host = ("host pool", size_text(plan.host.bytes), f"{plan.host.how}, for swapped requests")

@@ -22,10 +22,11 @@ class GatedMLP:
     """
 
     def __init__(
-        self, hidden: int, intermediate: int, kind: str, *, bias: bool, dtype: torch.dtype, shards: Shards
+        self, hidden: int, intermediate: int, kind: str, *, bias: bool, dtype: torch.dtype, shards: Shards,
+        device: str = "cpu",
     ) -> None:
-        self.up = Linear(hidden, {"gate": intermediate, "up": intermediate}, bias=bias, dtype=dtype)
-        self.down = Linear(intermediate, {"down": hidden}, bias=bias, dtype=dtype)
+        self.up = Linear(hidden, {"gate": intermediate, "up": intermediate}, bias=bias, dtype=dtype, device=device)
+        self.down = Linear(intermediate, {"down": hidden}, bias=bias, dtype=dtype, device=device)
         self.kind, self.shards = kind, shards
 
     def slots(self) -> Slots:
@@ -34,8 +35,7 @@ class GatedMLP:
 
     def __call__(self, out: Tensor, x: Tensor, work: Workspace) -> None:
         """out [tokens, hidden] from x [tokens, hidden]."""
-        self.up(work.up, x)
-        ops.gated_activation(work.act, work.up, self.kind)
+        self.up.gated(work.act, x, self.kind, work.up)
         self.down(out, work.act)
         self.shards.all_reduce(out)
 
@@ -44,10 +44,11 @@ class PlainMLP:
     """down(act(up(x))). Arguments as of GatedMLP."""
 
     def __init__(
-        self, hidden: int, intermediate: int, kind: str, *, bias: bool, dtype: torch.dtype, shards: Shards
+        self, hidden: int, intermediate: int, kind: str, *, bias: bool, dtype: torch.dtype, shards: Shards,
+        device: str = "cpu",
     ) -> None:
-        self.up = Linear(hidden, {"up": intermediate}, bias=bias, dtype=dtype)
-        self.down = Linear(intermediate, {"down": hidden}, bias=bias, dtype=dtype)
+        self.up = Linear(hidden, {"up": intermediate}, bias=bias, dtype=dtype, device=device)
+        self.down = Linear(intermediate, {"down": hidden}, bias=bias, dtype=dtype, device=device)
         self.kind, self.shards = kind, shards
 
     def slots(self) -> Slots:

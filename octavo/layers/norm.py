@@ -17,8 +17,8 @@ class RMSNorm:
         size: of the last dim. eps: under the root. offset: added to the weight (1.0 in Gemma).
     """
 
-    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
-        self._weight = Vector(size)
+    def __init__(self, size: int, eps: float, offset: float = 0.0, device: str = "cpu") -> None:
+        self._weight = Vector(size, device)
         self.weight, self.eps, self.offset = self._weight.value, eps, offset
 
     def slots(self) -> Slots:
@@ -37,8 +37,8 @@ class RMSNorm:
 class LayerNorm:
     """(x - mean) * rsqrt(variance + eps) * weight + bias over the last dim."""
 
-    def __init__(self, size: int, eps: float, *, bias: bool) -> None:
-        self._weight, self._bias = Vector(size), Vector(size) if bias else None
+    def __init__(self, size: int, eps: float, *, bias: bool, device: str = "cpu") -> None:
+        self._weight, self._bias = Vector(size, device), Vector(size, device) if bias else None
         self.weight, self.eps = self._weight.value, eps
         self.bias: Tensor | None = self._bias.value if self._bias else None
 

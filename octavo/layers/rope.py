@@ -15,16 +15,19 @@ class Rope:
 
     Args:
         frequencies: float32 [rotary_dim / 2], radians per position. magnitude: multiplies cosines and sines.
-        max_len: rows. interleaved: pairs (0, 1), (2, 3), ... instead of halves.
+        max_len: rows. interleaved: pairs (0, 1), (2, 3), ... instead of halves. device: where the table lives.
     """
 
-    def __init__(self, frequencies: Tensor, magnitude: float, max_len: int, *, interleaved: bool) -> None:
+    def __init__(
+        self, frequencies: Tensor, magnitude: float, max_len: int, *, interleaved: bool, device: str = "cpu"
+    ) -> None:
         assert frequencies.dtype == torch.float32
         # Angles are rounded to float32 before the cosine because that is what the networks were trained with: at
         # position 100,000 the rounding is worth milliradians, more than any later step of the computation loses.
-        angles = (torch.arange(max_len, dtype=torch.float32)[:, None] * frequencies).double()
+        places = torch.arange(max_len, dtype=torch.float32, device=device)
+        angles = (places[:, None] * frequencies.to(device)).double()
         half = len(frequencies)
-        self.cos_sin = torch.empty(max_len, 2 * half)
+        self.cos_sin = torch.empty(max_len, 2 * half, device=device)
         self.cos_sin[:, :half] = angles.cos().mul_(magnitude)
         self.cos_sin[:, half:] = angles.sin_().mul_(magnitude)
         self.interleaved = interleaved

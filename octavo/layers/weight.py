@@ -1,17 +1,19 @@
 """Where a parameter lives: vectors in float32, matrices in a weight format that allocates, loads and applies itself.
 
-Owns storage types and layouts; it does not know what a matrix means in the network or what a checkpoint calls it.
-A format that other devices need (plain [rows, columns] for cuBLAS, int4 groups) is a second class with the methods of
-``PackedWeight``. Invariant: what is stored is a copy of our own, never a view of the caller's tensor.
+Owns storage types and layouts; it does not know what a matrix means in the network or what a checkpoint calls it. The CPU
+multiplies packed panels, a GPU plain rows: ``matrix`` chooses, once, when a layer is built. Invariant: what is stored is a
+copy of our own, never a view of the caller's tensor; the two formats answer to the same calls.
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from octavo import ops
+from octavo.ops.fused import SKINNY_ROWS, SKINNY_SCRATCH
 
 
 class Slot(NamedTuple):
@@ -32,8 +34,8 @@ def prefixed(prefix: str, slots: Mapping[str, Slot]) -> Slots:
 class Vector:
     """A float32 [size] parameter: norm weights and biases."""
 
-    def __init__(self, size: int) -> None:
-        self.value = torch.zeros(size, dtype=torch.float32)
+    def __init__(self, size: int, device: str = "cpu") -> None:
+        self.value = torch.zeros(size, dtype=torch.float32, device=device)
 
     def slot(self, start: int = 0, size: int | None = None) -> Slot:
         """The place of entries start .. start + size; all of them by default."""
@@ -44,40 +46,114 @@ class Vector:
 class Table:
     """A [rows, columns] parameter that is only looked up: kept as it comes, in its storage type."""
 
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        self.value = torch.empty(rows, columns, dtype=dtype)
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        self.value, self._plain = torch.empty(rows, columns, dtype=dtype, device=device), device == "cpu"
 
-    def fill(self, weight: Tensor) -> None:
-        """Take the weight [rows, columns]."""
-        _fill(self.value, weight)
+    def take(self, start: int, part: Tensor) -> None:
+        """Take rows start .. start + len(part) of the weight."""
+        _fill(self.value[start : start + len(part)], part)
 
     def gather(self, out: Tensor, ids: Tensor) -> None:
-        """out float32 [tokens, columns] = rows ids."""
-        if self.value.dtype == torch.float32:
+        """out [tokens, columns] = rows ids."""
+        if not self._plain:
+            ops.lookup(out, ids, self.value)
+        elif self.value.dtype == torch.float32:
             torch.index_select(self.value, 0, ids, out=out)
         else:
             out.copy_(torch.index_select(self.value, 0, ids))
 
 
 class PackedWeight:
-    """A [rows, columns] matrix in the panels of ``ops.pack_linear``; rows are output features."""
+    """A [rows, columns] matrix in the panels of ``ops.pack_linear``, for the CPU; rows are output features.
+
+    Activations are float32. Panels are made at the moment the last rows arrive, so that loading never holds more than one
+    layer's parts beside the packed weights.
+    """
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         self.rows, self.columns, self.dtype = rows, columns, dtype
         self.packed = torch.empty(0, columns, 32, dtype=dtype)
+        self._arrived: dict[int, Tensor] = {}
 
-    def fill(self, weight: Tensor) -> None:
-        """Take the weight [rows, columns] in any floating type."""
-        assert weight.shape == (self.rows, self.columns)
-        self.packed = ops.pack_linear(weight.to(self.dtype).contiguous())
+    def take(self, start: int, part: Tensor) -> None:
+        """Take rows start .. start + len(part), in any floating type; every row comes once."""
+        assert part.shape[1] == self.columns and start + len(part) <= self.rows
+        self._arrived[start] = part.to(self.dtype)
+        if sum(map(len, self._arrived.values())) == self.rows:
+            parts = [self._arrived[key] for key in sorted(self._arrived)]
+            self._arrived.clear()
+            self.packed = ops.pack_linear((parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous())
 
     def apply(self, out: Tensor, x: Tensor, bias: Tensor | None) -> None:
         """out [tokens, rows] = x [tokens, columns] @ weight.T + bias."""
         ops.linear(out, x, self.packed, bias, self.rows)
 
+    def apply_gated(self, out: Tensor, x: Tensor, bias: Tensor | None, kind: str, both: Tensor) -> None:
+        """out [tokens, rows / 2] = act(gate) * up of the two halves of the product, which ``both`` [tokens, rows] holds."""
+        self.apply(both, x, bias)
+        ops.gated_activation(out, both, kind)
+
     def gather(self, out: Tensor, ids: Tensor) -> None:
         """out float32 [tokens, columns] = rows ids."""
         ops.embedding(out, ids, self.packed, self.rows)
+
+
+class DenseWeight:
+    """A [rows, columns] matrix as it is in a checkpoint, on a GPU; rows are output features.
+
+    Up to SKINNY_ROWS tokens our own kernel streams the weight; more go to cuBLAS, whose order of summation depends on the
+    number of tokens. Activations are of the weight's type; the product may be stored in float32.
+    """
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: str) -> None:
+        self.rows, self.columns, self.dtype = rows, columns, dtype
+        self.value = torch.empty(rows, columns, dtype=dtype, device=device)
+        self._turned = self.value.t()
+        self._skinny = dtype != torch.float32 and columns % 8 == 0
+        self._scratch = _scratch(device)
+
+    def take(self, start: int, part: Tensor) -> None:
+        """Take rows start .. start + len(part), in any floating type, from any device."""
+        assert part.shape[1] == self.columns and start + len(part) <= self.rows
+        _fill(self.value[start : start + len(part)], part)
+
+    def apply(self, out: Tensor, x: Tensor, bias: Tensor | None) -> None:
+        """out [tokens, rows] = x [tokens, columns] @ weight.T + bias."""
+        if self._skinny and len(x) <= SKINNY_ROWS:
+            ops.skinny_linear(out, x, self.value, bias, self._scratch)
+            return
+        if out.dtype == x.dtype:
+            torch.mm(x, self._turned, out=out)
+        else:
+            torch.mm(x, self._turned, out_dtype=out.dtype, out=out)
+        if bias is not None:
+            out.add_(bias)
+
+    def apply_gated(self, out: Tensor, x: Tensor, bias: Tensor | None, kind: str, both: Tensor) -> None:
+        """out [tokens, rows / 2] = act(gate) * up of the two halves of the product; ``both`` is room for it."""
+        if self._skinny and len(x) <= SKINNY_ROWS:
+            ops.skinny_gated(out, x, self.value, bias, kind, self._scratch)
+            return
+        self.apply(both, x, bias)
+        ops.gated_activation(out, both, kind)
+
+    def gather(self, out: Tensor, ids: Tensor) -> None:
+        """out [tokens, columns] = rows ids."""
+        ops.lookup(out, ids, self.value)
+
+
+Weight = PackedWeight | DenseWeight
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, device: str) -> Weight:
+    """A matrix in the format that the device multiplies."""
+    return PackedWeight(rows, columns, dtype) if device == "cpu" else DenseWeight(rows, columns, dtype, device)
+
+
+@cache
+def _scratch(device: str) -> Tensor:
+    """Room for partial sums, zero between kernels; those of one stream use it in turn."""
+    return torch.zeros(SKINNY_SCRATCH, dtype=torch.float32, device=device)
 
 
 def _fill(destination: Tensor, tensor: Tensor) -> None:

@@ -26,20 +26,22 @@ class Builder:
     """Makes the parts of a block from the spec.
 
     Attributes:
-        spec: the network. ropes: one per entry of spec.ropes. dtype: of the weights. shards: the group.
+        spec: the network. ropes: one per entry of spec.ropes. dtype: of the weights. shards: the group. device: where
+            the weights live.
     """
 
     spec: DecoderSpec
     ropes: tuple[Rope, ...]
     dtype: torch.dtype
     shards: Shards
+    device: str = "cpu"
 
     def norm(self) -> Norm:
         """A norm over the hidden size."""
         s = self.spec
         if s.norm == "layer":
-            return LayerNorm(s.hidden, s.norm_eps, bias=s.norm_bias)
-        return RMSNorm(s.hidden, s.norm_eps, s.norm_offset)
+            return LayerNorm(s.hidden, s.norm_eps, bias=s.norm_bias, device=self.device)
+        return RMSNorm(s.hidden, s.norm_eps, s.norm_offset, self.device)
 
     def attention(self, layer: LayerSpec) -> Attention:
         """The attention of one layer."""
@@ -47,15 +49,18 @@ class Builder:
         return Attention(
             hidden=s.hidden, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads, head_dim=s.head_dim,
             qkv_bias=s.qkv_bias, out_bias=s.out_bias, scale=s.attn_scale, window=layer.window, softcap=s.attn_softcap,
-            qk_norm=QKNorm(s.head_dim, s.norm_eps, s.norm_offset) if s.qk_norm else None,
+            qk_norm=QKNorm(s.head_dim, s.norm_eps, s.norm_offset, self.device) if s.qk_norm else None,
             rope=None if layer.rope is None else self.ropes[layer.rope], dtype=self.dtype, shards=self.shards,
+            device=self.device,
         )
 
     def mlp(self) -> MLP:
         """The MLP of one layer."""
         s = self.spec
         kind = GatedMLP if s.gated else PlainMLP
-        return kind(s.hidden, s.intermediate, s.activation, bias=s.mlp_bias, dtype=self.dtype, shards=self.shards)
+        return kind(
+            s.hidden, s.intermediate, s.activation, bias=s.mlp_bias, dtype=self.dtype, shards=self.shards, device=self.device
+        )
 
 
 class Block(Protocol):

@@ -17,16 +17,18 @@ from octavo.models.decoder import Decoder
 from octavo.models.names import IGNORED, Name, match
 from octavo.models.source import ModelSource
 from octavo.models.spec import DecoderSpec
+from octavo.models.upload import upload
 
 LISTED = 10
 
 
-def load_model(source: ModelSource, config: EngineConfig, dtype: torch.dtype, max_model_len: int) -> Decoder:
+def load_model(source: ModelSource, config: EngineConfig, dtype: torch.dtype, max_model_len: int, device: str = "cpu") -> Decoder:
     """Build the network of a source and load its weights.
 
     Args:
         source: the model. config: load_format is read.
         dtype: storage type of the matrices. max_model_len: longest sequence that the decoder will see, in tokens.
+        device: "cpu" or "cuda".
 
     Raises:
         ModelError: the config, a file or a tensor cannot be used; the message names it.
@@ -35,27 +37,29 @@ def load_model(source: ModelSource, config: EngineConfig, dtype: torch.dtype, ma
     # Embeddings are scaled by the number as the weights' type holds it: that is what the checkpoint was trained with.
     spec = replace(spec, embedding_scale=float(torch.tensor(spec.embedding_scale, dtype=dtype)))
     if config.load_format == "dummy":
-        decoder = _build(spec, dtype, max_model_len)
-        for name, tensor in weights.dummy(decoder.expected(), spec, dtype):
+        decoder = _build(spec, dtype, max_model_len, device)
+        for name, tensor in weights.dummy(decoder.expected(), spec, dtype, device):
             decoder.load(name, tensor)
         decoder.finish()
         return decoder
     checkpoint = weights.open_checkpoint(source, spec, dtype, config.load_format)
     family = registry.family_of(source.config)
     _check_layers(checkpoint, spec, family.NAMES)
-    decoder = _build(spec, dtype, max_model_len)
-    for name, entry, targets in _claims(checkpoint, spec, set(decoder.expected()), family.NAMES, family.IGNORED):
-        # Popped, so that a file that could not be mapped gives its memory back tensor by tensor.
-        parts = _parts(name, entry, len(targets), checkpoint.pop(name)(), spec)
-        for target, tensor in zip(targets, parts, strict=True):
+    decoder = _build(spec, dtype, max_model_len, device)
+    claims = _claims(checkpoint, spec, set(decoder.expected()), family.NAMES, family.IGNORED)
+    # Popped, so that a file that could not be mapped gives its memory back tensor by tensor.
+    read = ((name, checkpoint.pop(name)) for name, _, _ in claims)
+    opened = upload(read, device) if device.startswith("cuda") else ((name, open_tensor()) for name, open_tensor in read)
+    for (name, entry, targets), (_, whole) in zip(claims, opened, strict=True):
+        for target, tensor in zip(targets, _parts(name, entry, len(targets), whole, spec), strict=True):
             decoder.load(target, tensor)
     decoder.finish()
     return decoder
 
 
-def _build(spec: DecoderSpec, dtype: torch.dtype, max_model_len: int) -> Decoder:
+def _build(spec: DecoderSpec, dtype: torch.dtype, max_model_len: int, device: str) -> Decoder:
     try:
-        return Decoder(spec, dtype=dtype, max_model_len=max_model_len)
+        return Decoder(spec, dtype=dtype, max_model_len=max_model_len, device=device)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "alloc" not in str(error):
             raise

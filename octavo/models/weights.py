@@ -68,14 +68,14 @@ def open_checkpoint(
 
 
 def dummy(
-    expected: Mapping[str, tuple[int, ...]], spec: DecoderSpec, dtype: torch.dtype
+    expected: Mapping[str, tuple[int, ...]], spec: DecoderSpec, dtype: torch.dtype, device: str = "cpu"
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Made-up weights for every parameter of a decoder: the same ones in every run, of the scale of trained ones.
 
     Norms are the identity, biases zero, matrices normal with deviation 0.02. All matrices are views of one buffer that
     repeats a random block, each from another offset: drawing billions of numbers would take minutes for nothing.
     """
-    block = (torch.randn(DUMMY_BLOCK, generator=torch.Generator().manual_seed(0)) * DUMMY_SCALE).to(dtype)
+    block = (torch.randn(DUMMY_BLOCK, generator=torch.Generator().manual_seed(0)) * DUMMY_SCALE).to(dtype).to(device)
     buffer = block.repeat(1 + -(-max(map(math.prod, expected.values())) // DUMMY_BLOCK))
     for number, (name, shape) in enumerate(expected.items()):
         if len(shape) == 1:

@@ -12,7 +12,9 @@ from octavo.ops.fused import (
     activation_fp8,
     add_rms_norm_fp8,
     attention_plan,
+    begin_step,
     count_tokens,
+    end_step,
     gated_activation_fp8,
     layer_norm_fp8,
     lookup,
@@ -25,7 +27,7 @@ from octavo.ops.fused import (
 )
 from octavo.ops.gemm import embedding, linear, pack_linear
 from octavo.ops.kv import copy_blocks, gather_kv, swap_blocks, write_kv
-from octavo.ops.library import REBUILD, built, isa, load_cuda
+from octavo.ops.library import REBUILD, built, cuda_built, isa, load_cuda
 from octavo.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from octavo.ops.rope import rope
 from octavo.ops.sampling import penalties, sample, token_logprobs
@@ -39,10 +41,13 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_fp8",
     "attention_plan",
+    "begin_step",
     "built",
     "copy_blocks",
     "count_tokens",
+    "cuda_built",
     "embedding",
+    "end_step",
     "gated_activation",
     "gated_activation_fp8",
     "gather_kv",

@@ -6,18 +6,16 @@ walked in partitions of 256 tokens from the start of the context and merged left
 alone, in a chunk or in a whole prompt gives the same bits (with the kernels; the reference promises rounding only).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from octavo.ops.library import choose
 
-paged_attention: Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int, float, Tensor | None], None
-] = choose("paged_attention")
+paged_attention: Callable[..., None] = choose("paged_attention")
 """paged_attention(out, q, k_cache, v_cache, block_tables, rows, query_start, context_len, scale, window, softcap,
-alibi_slopes): causal attention of the new tokens of every sequence.
+alibi_slopes, k_scale=1, v_scale=1, work=None, partials=None, max_query=0): causal attention of the new tokens of every sequence.
 
 Query i of sequence s, of n = query_start[s + 1] - query_start[s], stands at position p = context_len[s] - n + i and
 sees the keys j <= p, with p - j < window where window > 0. Its scores are scale * q.k, then
@@ -30,6 +28,8 @@ Args:
     block_tables: int32 [num_rows, max_blocks]. rows: int32 [sequences], the row of the tables of each.
     query_start: int32 [sequences + 1]. context_len: int32 [sequences], all keys, the new ones included.
     scale: of q.k. window: 0 sees all. softcap: 0 is off. alibi_slopes: float32 [heads] or None.
+    k_scale, v_scale: what a cache of 8-bit floats is multiplied by. work, partials, max_query: as in AttentionMeta; a CPU
+        does not read them. On a GPU out, q and a cache that is not 8-bit have one type, float32, bfloat16 or float16.
 """
 
 
@@ -44,6 +44,8 @@ class AttentionMeta:
         context_len: int32 [sequences], keys of each sequence, the new ones included.
         slots: int64 [tokens], where each new token's key and value are written; -1 for none.
         max_query: the longest run of new tokens. max_context: the longest context.
+        work: on a GPU, the work list of ``attention_plan`` for every window that a layer has.
+        partials: on a GPU, room for the results of partitions, float32.
     """
 
     block_tables: Tensor
@@ -53,3 +55,24 @@ class AttentionMeta:
     slots: Tensor
     max_query: int
     max_context: int
+    work: Mapping[int, Tensor] = field(default_factory=dict)
+    partials: Tensor | None = None
+
+
+def work_ints(num_seqs: int, num_tokens: int) -> int:
+    """int32 words of a work list for steps of so many sequences and tokens."""
+    decode = 1024 * 33 + 4 * num_seqs  # decode_work_ints of attention_decode.cu: ranges, counters, sequences
+    prefill = 4 + 4 * (2 * num_tokens + num_seqs)  # prefill_work_ints of attention_prefill.cu: a header, tiles
+    return decode + prefill
+
+
+def partial_floats(num: int, heads: int, kv_heads: int, head_dim: int) -> int:
+    """float32 values of the room for ``num`` partial results.
+
+    The same arithmetic as partial_floats of attention_decode.cuh, for the most rows that a thread block takes: every row has
+    head_dim sums, rounded up to a tile, then the maximum and the sum of the softmax.
+    """
+    tile = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    rows = heads // kv_heads * 8  # the kernel takes up to 8 new tokens of a sequence
+    row_groups = 1 if rows <= 8 or tile == 256 else 2 if rows <= 16 else 4
+    return num * 8 * row_groups * (tile + 2)

@@ -1,7 +1,7 @@
 """Operators that only GPUs have: fused steps, 8-bit outputs, GEMMs of few rows over plain weights.
 
-Owns the names; what they compute is written in fused_reference.py, the shapes in csrc/cuda/ops.h. Invariant: nothing that runs on a
-CPU calls them.
+Owns the names; what they compute is written in fused_reference.py, the shapes in csrc/cuda/ops.h. Invariant: nothing that
+runs on a CPU calls them.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,9 @@ from collections.abc import Callable
 from octavo.ops.library import choose
 
 Operator = Callable[..., None]
+
+SKINNY_ROWS = 64  # most rows of activations that the skinny operators take
+SKINNY_SCRATCH = 524_288  # float32 elements of `scratch`, enough for every shape: skinny_scratch_floats in csrc/cuda/ops.h
 
 rms_norm_fp8: Operator = choose("rms_norm_fp8")
 add_rms_norm_fp8: Operator = choose("add_rms_norm_fp8")
@@ -23,3 +26,5 @@ skinny_gated: Operator = choose("skinny_gated")
 norm_linear: Operator = choose("norm_linear")
 norm_gated: Operator = choose("norm_gated")
 count_tokens: Operator = choose("count_tokens")
+begin_step: Operator = choose("begin_step")
+end_step: Operator = choose("end_step")

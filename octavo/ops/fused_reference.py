@@ -125,3 +125,62 @@ def count_tokens(counts: Tensor, slots: Tensor, tokens: Tensor) -> None:
     """counts[slots[i], tokens[i]] += 1 where both are 0 or more."""
     used = (slots >= 0) & (tokens >= 0)
     counts.index_put_((slots[used].long(), tokens[used].long()), torch.ones(1, dtype=counts.dtype), accumulate=True)
+
+
+HEADER = 16  # words; csrc/cuda/step.cu describes the layout of staging
+
+
+def begin_step(
+    staging: Tensor, block_tables: Tensor, last_token: Tensor, parameters: Tensor, ids: Tensor, positions: Tensor, slots: Tensor,
+    rows: Tensor, query_start: Tensor, context_len: Tensor, sample_ints: Tensor, sample_floats: Tensor, sample_seeds: Tensor,
+    result_slot: Tensor, block_size: int,
+) -> None:
+    """Apply the changes that staging carries, then fill the inputs of a step to their ends, padding included."""
+    num_seqs, num_tokens, num_samples, num_runs, num_blocks, num_last, num_parameters, slot = staging[:8].tolist()
+    sizes = [num_seqs, num_seqs, num_seqs, num_seqs + 1, num_tokens, 4 * num_runs, num_blocks, 2 * num_last, 9 * num_parameters]
+    sizes += [num_samples, num_samples, num_samples]
+    words = staging[HEADER : HEADER + sum(sizes)]
+    row, start, count, first, known, runs, blocks, last, changed, samples, sources, places = words.split(sizes)
+    for r, index, length, offset in runs.view(-1, 4).tolist():
+        block_tables[r, index : index + length] = blocks[offset : offset + length]
+    for r, token in last.view(-1, 2).tolist():
+        last_token[r] = token
+    for line in changed.view(-1, 9):
+        parameters[int(line[0])] = line[1:]
+    result_slot.fill_(slot)
+    for out, used, padding in ((rows, row, 0), (query_start, first, num_tokens), (context_len, start + count, 0)):
+        out.fill_(padding)
+        out[: len(used)] = used
+    ids.fill_(-1)
+    positions.zero_()
+    slots.fill_(-1)
+    of = torch.repeat_interleave(torch.arange(num_seqs), count)
+    place = start[of] + torch.arange(num_tokens) - first[of]
+    ids[:num_tokens] = torch.where(known >= 0, known, last_token[row[of].long()]).long()
+    positions[:num_tokens] = place
+    block = block_tables[row[of].long(), place.long() // block_size].long()
+    slots[:num_tokens] = block * block_size + place % block_size
+    _begin_sampling(sample_ints, sample_floats, sample_seeds, parameters, samples, sources, places)
+
+
+def _begin_sampling(
+    ints: Tensor, floats: Tensor, seeds: Tensor, parameters: Tensor, samples: Tensor, sources: Tensor, places: Tensor
+) -> None:
+    num = len(samples)
+    ints.zero_()
+    ints[0] = -1
+    floats.copy_(torch.tensor([[0.0], [1.0], [0.0]]).expand_as(floats))
+    seeds.zero_()
+    ints[0, :num], ints[1, :num], ints[2, :num] = samples, sources, places
+    drawn = (samples >= 0).nonzero().squeeze(1)
+    own = parameters[samples[drawn].long()]
+    ints[3, drawn], ints[4, drawn] = own[:, 1], own[:, 6]
+    floats[:, drawn] = own[:, [0, 2, 3]].contiguous().view(torch.float32).T
+    seeds[drawn] = (own[:, 4].long() & 0xFFFFFFFF) | (own[:, 5].long() << 32)
+
+
+def end_step(tokens: Tensor, samples: Tensor, last_token: Tensor, results: Tensor, result_slot: Tensor) -> None:
+    """Hand the tokens to the rows (token 0 where none could be sampled) and to the host."""
+    used = samples >= 0
+    last_token[samples[used].long()] = tokens[used].clamp(min=0)
+    results[int(result_slot), : len(tokens)] = tokens

@@ -32,6 +32,7 @@ NAMES = (*IN_PLACE, "pack_linear")
 GPU_NAMES = (  # operators without a CPU kernel, all in place
     "rms_norm_fp8", "add_rms_norm_fp8", "layer_norm_fp8", "gated_activation_fp8", "activation_fp8", "lookup",
     "rotate_and_cache", "attention_plan", "skinny_linear", "skinny_gated", "norm_linear", "norm_gated", "count_tokens",
+    "begin_step", "end_step",
 )
 
 
@@ -99,6 +100,11 @@ def load_cuda() -> None:
     except (OSError, RuntimeError) as error:
         reason = error.__cause__ or error
         raise ConfigError(f"{CUDA_EXTENSION} cannot be loaded: {reason}. {REBUILD_CUDA}", "device") from error
+
+
+def cuda_built() -> bool:
+    """True when there are CUDA kernels that ``load_cuda`` can load."""
+    return _BUILT and CUDA_EXTENSION.is_file()
 
 
 def built() -> bool:

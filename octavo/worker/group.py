@@ -1,4 +1,4 @@
-"""Worker groups: how plans reach the devices. One local device for now.
+"""Worker groups: how plans reach the devices. One local device for now, a CPU or a GPU.
 
 Owns the way of a plan to the runner and of its result back; it does not know what is in them. Invariant: plans and
 registrations are carried out in the order in which they were given, and every Pending answers once its step has ended,
@@ -11,8 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from octavo.config import EngineConfig
 from octavo.models.source import ModelSource
 from octavo.plan import GroupInfo, StepPlan, StepResult
+from octavo.worker.cuda_runner import CudaRunner, DevicePending
+from octavo.worker.gpu import check_gpu
 from octavo.worker.logit_edits import Processor
-from octavo.worker.runner import ModelRunner
+from octavo.worker.memory import resolve_device
+from octavo.worker.runner import ModelRunner, check_cpu
 
 
 class Pending:
@@ -31,7 +34,7 @@ class Pending:
 
 
 class LocalGroup:
-    """One device in this process.
+    """One device in this process: a CPU, whose steps run inside ``submit``, or in one background thread.
 
     Args:
         config: options. source: the model. asynchronous: carry plans out in one background thread, in order, so that
@@ -85,3 +88,56 @@ class LocalGroup:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the worker group is closed.")
+
+
+class GpuGroup:
+    """One GPU in this process: ``submit`` launches a step and returns, in the calling thread.
+
+    Args:
+        config: options. source: the model. runner: used instead of making one (tests).
+
+    Attributes:
+        info, asynchronous: as of LocalGroup. runner: the GPU.
+    """
+
+    def __init__(self, config: EngineConfig, source: ModelSource, *, runner: CudaRunner | None = None) -> None:
+        self.runner = runner or CudaRunner(config, source)
+        self.info: GroupInfo = self.runner.info
+        self.asynchronous = True
+        self._closed = False
+
+    def submit(self, plan: StepPlan) -> DevicePending:
+        """Launch a plan after those before it; RuntimeError once closed, or when it contradicts the tables."""
+        self._check_open()
+        return self.runner.submit(plan)
+
+    def set_processors(self, row: int, generation: int, processors: Sequence[Processor]) -> None:
+        """Register logits processors for a row; call it before submitting the plan that starts the row."""
+        self._check_open()
+        self.runner.set_processors(row, generation, processors)
+
+    def close(self) -> None:
+        """Wait for what was submitted and refuse more. Closing twice is allowed."""
+        if not self._closed:
+            self._closed = True
+            self.runner.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the worker group is closed.")
+
+
+Group = LocalGroup | GpuGroup
+
+
+def check_supported(config: EngineConfig) -> None:
+    """ConfigError when this machine or this version cannot do what the options ask; nothing is loaded but kernels."""
+    if resolve_device(config) == "cuda":
+        check_gpu(config)
+    else:
+        check_cpu(config)
+
+
+def make_group(config: EngineConfig, source: ModelSource) -> Group:
+    """The group that the configured device asks for."""
+    return GpuGroup(config, source) if resolve_device(config) == "cuda" else LocalGroup(config, source)

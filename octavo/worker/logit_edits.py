@@ -8,6 +8,7 @@ writes its own row of logits only, so a processor that raises spoils its own row
 
 import heapq
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,19 +28,28 @@ class RowEdits:
     """The edits of one row, with its ids as tensors.
 
     Args:
-        generation: the row's owner. sampling: how it samples. processors: its logits processors.
+        generation: the row's owner. sampling: how it samples. processors: its logits processors. device: of the logits.
+
+    Attributes:
+        needs_output: an edit depends on which tokens the row has generated, not only on how many.
     """
 
-    def __init__(self, generation: int, sampling: RowSampling, processors: Sequence[Processor]) -> None:
+    def __init__(
+        self, generation: int, sampling: RowSampling, processors: Sequence[Processor], device: str = "cpu"
+    ) -> None:
+        def ids(values: Sequence[int]) -> Tensor:
+            return there(np.array(values, np.int64), device)
+
         self.generation = generation
-        self.bias_ids = torch.tensor(sampling.bias_ids, dtype=torch.int64)
-        self.bias_values = torch.tensor(sampling.bias_values, dtype=torch.float32)
-        self.allowed = None if sampling.allowed is None else torch.tensor(sampling.allowed, dtype=torch.int64)
-        self.banned = torch.tensor([w[0] for w in sampling.bad_words if len(w) == 1], dtype=torch.int64)
+        self.bias_ids = ids(sampling.bias_ids)
+        self.bias_values = there(np.array(sampling.bias_values, np.float32), device)
+        self.allowed = None if sampling.allowed is None else ids(sampling.allowed)
+        self.banned = ids([w[0] for w in sampling.bad_words if len(w) == 1])
         self.bad_words = [(list(w[:-1]), w[-1]) for w in sampling.bad_words if len(w) > 1]
         self.min_tokens = sampling.min_tokens
-        self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.int64)
+        self.stop_ids = ids(sampling.stop_ids)
         self.processors = tuple(processors)
+        self.needs_output = bool(self.bad_words or self.processors)
 
     @staticmethod
     def asked(sampling: RowSampling) -> bool:
@@ -61,12 +71,12 @@ class RowEdits:
             logits.fill_(-torch.inf)
             logits[self.allowed] = kept
         if self.banned.numel():
-            logits[self.banned] = -torch.inf
+            logits.index_fill_(0, self.banned, -torch.inf)
         for prefix, last in self.bad_words:
             if len(output) >= len(prefix) and output[-len(prefix) :].tolist() == prefix:
                 logits[last] = -torch.inf
         if len(output) < self.min_tokens:
-            logits[self.stop_ids] = -torch.inf
+            logits.index_fill_(0, self.stop_ids, -torch.inf)
         return self._process(logits, output) if self.processors else True
 
     def _process(self, logits: Tensor, output: npt.NDArray[np.int32]) -> bool:
@@ -96,28 +106,34 @@ class RowEdits:
 class PenaltyPool:
     """Counters of generated tokens and marks of prompt tokens, for rows with penalties only.
 
-    The two tables are [num_rows, vocab] of virtual memory, made when the first row asks; a slot's pages are touched
-    when a row first gets it, and slots are handed out lowest first.
+    The two tables are [num_rows, vocab]. On a CPU they are virtual memory, made when the first row asks: a slot's pages are
+    touched when a row first gets it, and slots are handed out lowest first. On a GPU they are there from the start.
     """
 
-    def __init__(self, num_rows: int, vocab_size: int) -> None:
-        self._shape = (num_rows, vocab_size)
+    def __init__(self, num_rows: int, vocab_size: int, device: str = "cpu") -> None:
+        self._shape, self._device = (num_rows, vocab_size), device
         self._free = list(range(num_rows))  # a heap
         self.slots = np.full(num_rows, -1, np.int32)
         self.counts: Tensor | None = None
         self.prompt_mask: Tensor | None = None
+        if device != "cpu":
+            self._allocate()
 
     def start(self, row: int, prompt: npt.NDArray[np.int32], output: npt.NDArray[np.int32]) -> None:
         """Give ``row`` a slot and fill it from the tokens that it has."""
         if self.counts is None or self.prompt_mask is None:
-            self.counts = torch.empty(self._shape, dtype=torch.int32)
-            self.prompt_mask = torch.empty(self._shape, dtype=torch.bool)
+            self._allocate()
+        assert self.counts is not None and self.prompt_mask is not None
         slot = heapq.heappop(self._free)
         self.slots[row] = slot
         counts, mask = self.counts[slot], self.prompt_mask[slot]
         mask.zero_()
-        mask[torch.from_numpy(prompt.astype(np.int64))] = True
+        mask.index_fill_(0, there(prompt.astype(np.int64), self._device), True)
         counts.copy_(torch.from_numpy(np.bincount(output, minlength=self._shape[1])))
+
+    def _allocate(self) -> None:
+        self.counts = torch.empty(self._shape, dtype=torch.int32, device=self._device)
+        self.prompt_mask = torch.empty(self._shape, dtype=torch.bool, device=self._device)
 
     def end(self, row: int) -> None:
         """Release the slot of ``row``; a row without one is left alone."""
@@ -125,11 +141,20 @@ class PenaltyPool:
             heapq.heappush(self._free, int(self.slots[row]))
             self.slots[row] = -1
 
-    def advance(self, rows: Index, tokens: npt.NDArray[np.int32]) -> None:
-        """Count one more token for each of ``rows`` that has a slot. A row may come several times."""
+    def advance(self, rows: Index, tokens: npt.NDArray[np.int32] | Tensor) -> None:
+        """Count one more token for each of ``rows`` that has a slot. A row may come several times.
+
+        Args:
+            tokens: int32 [rows]; on a GPU they may be there already, and -1 is then not counted.
+        """
         if self.counts is None:
             return
         slots = self.slots[rows]
+        if self._device != "cpu":
+            drawn = tokens if isinstance(tokens, Tensor) else there(tokens, self._device)
+            ops.count_tokens(self.counts, there(slots, self._device), drawn)
+            return
+        assert not isinstance(tokens, Tensor)
         held = slots >= 0
         np.add.at(self.counts.numpy(), (slots[held], tokens[held]), 1)
 
@@ -143,15 +168,15 @@ class LogitEdits:
     """All edits of a device's rows.
 
     Args:
-        tables: whose rows they are. vocab_size: of the logits.
+        tables: whose rows they are. vocab_size: of the logits. device: where logits are.
     """
 
-    def __init__(self, tables: Tables, vocab_size: int) -> None:
-        self._tables = tables
+    def __init__(self, tables: Tables, vocab_size: int, device: str = "cpu") -> None:
+        self._tables, self._device = tables, device
         self._rows: dict[int, RowEdits] = {}
         self._asking = np.zeros(tables.num_rows, np.bool_)
         self._processors: dict[int, dict[int, Sequence[Processor]]] = {}
-        self.pool = PenaltyPool(tables.num_rows, vocab_size)
+        self.pool = PenaltyPool(tables.num_rows, vocab_size, device)
 
     def set_processors(self, row: int, generation: int, processors: Sequence[Processor]) -> None:
         """Register the logits processors of a row that a later plan starts with this generation."""
@@ -177,18 +202,28 @@ class LogitEdits:
             return False
         return bool((self._asking[rows] | (self.pool.slots[rows] >= 0)).any())
 
-    def edit(self, rows: Index, logits: Tensor) -> list[int]:
+    def needs_output(self, rows: Index) -> bool:
+        """Whether an edit of ``rows`` reads the tokens that they have generated."""
+        return any(self._rows[row].needs_output for row in rows[self._asking[rows]].tolist())
+
+    def edit(self, rows: Index, logits: Tensor) -> Tensor:
         """Edit logits [S, vocab] of the sampling ``rows`` in place.
 
         Returns:
-            Indices into ``rows`` whose logits were not finite before an edit could hide it, or whose processor failed.
+            bool [S], where the logits are: rows that had a NaN before an edit could hide it, or whose processor failed.
         """
+        spoiled = torch.zeros(len(rows), dtype=torch.bool)
         asking = np.flatnonzero(self._asking[rows])
-        bad = []
+        broken = None
+        if asking.size:
+            places = there(asking, self._device)
+            broken = logits[places].isnan().any(-1)
         for i in asking.tolist():
-            own = logits[i]
-            if bool(own.isnan().any()) or not self._rows[int(rows[i])].apply(own, self._tables.output(int(rows[i]))):
-                bad.append(i)
+            if not self._rows[int(rows[i])].apply(logits[i], self._tables.output(int(rows[i]))):
+                spoiled[i] = True
+        spoiled = spoiled.to(self._device, non_blocking=True)
+        if broken is not None:
+            spoiled[places] |= broken
         slots = self.pool.slots[rows]
         if (slots >= 0).any():
             assert self.pool.counts is not None and self.pool.prompt_mask is not None
@@ -197,14 +232,14 @@ class LogitEdits:
                 logits,
                 self.pool.counts,
                 self.pool.prompt_mask,
-                torch.from_numpy(slots),
-                torch.from_numpy(t.repetition[rows]),
-                torch.from_numpy(t.frequency[rows]),
-                torch.from_numpy(t.presence[rows]),
+                there(slots, self._device),
+                there(t.repetition[rows], self._device),
+                there(t.frequency[rows], self._device),
+                there(t.presence[rows], self._device),
             )
-        return bad
+        return spoiled
 
-    def advance(self, rows: Index, tokens: npt.NDArray[np.int32]) -> None:
+    def advance(self, rows: Index, tokens: npt.NDArray[np.int32] | Tensor) -> None:
         """Count tokens that were appended to ``rows``."""
         if self.pool.used:
             self.pool.advance(rows, tokens)
@@ -226,8 +261,13 @@ class LogitEdits:
                 raise RuntimeError(
                     f"row {new.row} starts with generation {new.generation} and processors, none registered."
                 )
-            self._rows[new.row] = RowEdits(new.generation, s, processors)
+            self._rows[new.row] = RowEdits(new.generation, s, processors, self._device)
             self._asking[new.row] = True
         if s.repetition != 1.0 or s.frequency != 0.0 or s.presence != 0.0:
             tokens = np.asarray(new.tokens)
             self.pool.start(new.row, tokens[: new.num_prompt], tokens[new.num_prompt :])
+
+
+def there(array: npt.NDArray[Any], device: str) -> Tensor:
+    """An array as a tensor of a device, without waiting for the device: the driver has read the array when this returns."""
+    return torch.from_numpy(array).to(device, non_blocking=True)

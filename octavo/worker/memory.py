@@ -7,24 +7,27 @@ what the worker allocates; an explicit option that does not fit is a ConfigError
 The size of the KV pool, first rule that applies:
   1. ``num_gpu_blocks_override`` blocks;
   2. ``kv_cache_memory_bytes``;
-  3. on a GPU, gpu_memory_utilization * total memory less everything else;
+  3. on a GPU, gpu_memory_utilization * total memory, less what is taken already and everything else;
   4. on a CPU, the smallest of: what max_num_seqs sequences of max_model_len need, 4 GiB, and
      gpu_memory_utilization * available memory less everything else.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, ModelError
+from octavo.layers.workspace import aligned
+from octavo.models.decoder import residual_dtype
 from octavo.models.source import ModelSource
 from octavo.models.spec import DecoderSpec, RopeSpec
+from octavo.worker.attention_sizes import attention_sizes
+from octavo.worker.gpu import usable
+from octavo.worker.machine import GIB, Machine, size_text
 from octavo.worker.sampler import PROMPT_TILE
+from octavo.worker.staging import capacity
 
-MIB, GIB = 2**20, 2**30
 CPU_POOL = 4 * GIB
 HOST_SHARE = 0.7  # most of the host's memory that swap_space may ask for
 CUDA_RESERVE = GIB  # context, libraries, graphs
@@ -38,20 +41,6 @@ DTYPES = {
     "float32": torch.float32,
 }
 DEFAULTS = {"cpu": (64, 2048), "cuda": (1024, 16384)}  # max_num_seqs, max_num_batched_tokens
-CGROUPS = (  # folder, limit, use, and the line of memory.stat with file pages: versions 2 and 1
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """A device's memory in bytes: "cpu" or "cuda", all of it, what is free now, and the host's."""
-
-    device: str
-    total: int
-    available: int
-    host_total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +95,10 @@ class MemoryPlan:
 
 
 def resolve_device(config: EngineConfig) -> str:
-    """cpu or cuda; auto is the CPU until other devices run."""
-    return "cuda" if config.device == "cuda" else "cpu"
+    """cpu or cuda; auto is the GPU where torch sees one and the CUDA kernels are built."""
+    if config.device == "auto":
+        return "cuda" if usable() else "cpu"
+    return config.device
 
 
 def resolve_dtype(config: EngineConfig, source: ModelSource) -> torch.dtype:
@@ -124,22 +115,6 @@ def resolve_dtype(config: EngineConfig, source: ModelSource) -> torch.dtype:
         raise ModelError(f"the checkpoint's dtype {named!r} is not supported; choose one with dtype.", "dtype")
     dtype = DTYPES[named or "float32"]
     return torch.bfloat16 if dtype == torch.float16 and resolve_device(config) == "cpu" else dtype
-
-
-def machine_memory() -> Machine:
-    """This host's memory; the limit of a control group (a container) counts where it is smaller."""
-    memory = psutil.virtual_memory()
-    total, available = int(memory.total), int(memory.available)
-    for folder, limit, used, cached in CGROUPS:
-        try:
-            most = int((folder / limit).read_text())
-            taken = int((folder / used).read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # not this version of control groups, or no limit ("max")
-            continue
-        left = most - taken + int(stat.get(cached, 0))  # file pages in the cache make room when asked
-        total, available = min(total, most), min(available, max(left, 0))
-    return Machine("cpu", total, available, total)
 
 
 def plan_memory(spec: DecoderSpec, config: EngineConfig, dtype: torch.dtype, machine: Machine) -> MemoryPlan:
@@ -207,12 +182,12 @@ def window_waste(spec: DecoderSpec, kv_dtype: torch.dtype, length: int) -> int:
     return sum(max(0, length - layer.window) * per_layer for layer in spec.layers if layer.window)
 
 
-def weight_bytes(spec: DecoderSpec, dtype: torch.dtype, max_model_len: int) -> int:
-    """Bytes of all parameters as the decoder stores them: matrices in panels of 32 rows, vectors in float32."""
+def weight_bytes(spec: DecoderSpec, dtype: torch.dtype, max_model_len: int, panel: int = PANEL) -> int:
+    """Bytes of all parameters as the decoder stores them: matrices in panels of so many rows, vectors in float32."""
     s, size, width = spec, dtype.itemsize, spec.embedding_dim or spec.hidden
 
     def matrix(rows: int, columns: int) -> int:
-        return _ceil(rows, PANEL) * PANEL * columns * size
+        return _ceil(rows, panel) * panel * columns * size
 
     q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
     up = s.intermediate * (1 + s.gated)
@@ -228,12 +203,23 @@ def weight_bytes(spec: DecoderSpec, dtype: torch.dtype, max_model_len: int) -> i
     return layer * s.num_layers + ends + (tables + vectors) * FLOAT
 
 
-def step_bytes(spec: DecoderSpec, tokens: int) -> int:
-    """Bytes of a step's activations: three hidden vectors per token, and the larger of attention's and MLP's sets."""
-    s = spec
-    attention = (2 * s.num_heads + 2 * s.num_kv_heads) * s.head_dim
-    mlp = s.intermediate * (2 + s.gated)
-    return tokens * (3 * s.hidden + max(attention, mlp)) * FLOAT
+def step_bytes(spec: DecoderSpec, tokens: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of a step's buffers as Decoder.forward takes them: normed, embedded and residual vectors, and the larger of
+    attention's and MLP's sets.
+
+    Args:
+        dtype: of the activations.
+    """
+    s, size = spec, dtype.itemsize
+    unit = aligned(1) // size
+    q, mlp = s.num_heads * s.head_dim, s.intermediate * (1 + s.gated)
+    qkv = q + 2 * s.num_kv_heads * s.head_dim
+    shared = max(_ceil(tokens * qkv, unit) * unit + tokens * q, _ceil(tokens * mlp, unit) * unit + tokens * s.intermediate)
+    residual = residual_dtype(s, dtype).itemsize
+    columns = s.embedding_dim or s.hidden
+    vectors = (tokens * s.hidden * size, tokens * columns * size, tokens * s.hidden * residual)
+    wide = 2 * tokens * s.hidden * size if columns != s.hidden or s.positions else 0  # before the first layer, in torch's hands
+    return sum(map(aligned, (*vectors, shared * size))) + wide
 
 
 def _fixed_rows(
@@ -241,28 +227,36 @@ def _fixed_rows(
 ) -> tuple[MemoryRow, ...]:
     """Everything but the KV pool."""
     logits = max(num_seqs, PROMPT_TILE) * spec.vocab_size * FLOAT
-    tables = num_seqs * (length + 1 + _ceil(length, block_size) + 20) * 4
+    on_gpu = machine.device == "cuda"
+    act = dtype if on_gpu else torch.float32
+    if on_gpu:
+        tables = 4 * (num_seqs * (_ceil(length, block_size) + 40) + 7 * budget + capacity(num_seqs, budget))
+    else:
+        tables = num_seqs * (length + 1 + _ceil(length, block_size) + 20) * 4
     rows = [
         MemoryRow(
             "weights",
-            weight_bytes(spec, dtype, length),
+            weight_bytes(spec, dtype, length, 1 if on_gpu else PANEL),
             f"{spec.num_layers} layers, {spec.vocab_size} tokens, {dtype_name(dtype)}",
         ),
-        MemoryRow("activations", step_bytes(spec, budget), f"a step of {budget} tokens, float32"),
+        MemoryRow("activations", step_bytes(spec, budget, act), f"a step of {budget} tokens, {dtype_name(act)}"),
         MemoryRow(
             "logits",
             2 * logits,
             f"{max(num_seqs, PROMPT_TILE)} rows x {spec.vocab_size}, float32, and a copy for logprobs",
         ),
-        MemoryRow("row tables", tables, f"{num_seqs} rows of {length} tokens, touched as they grow"),
+        MemoryRow("row tables", tables, f"{num_seqs} rows of {length} tokens{'' if on_gpu else ', touched as they grow'}"),
         MemoryRow(
             "penalties",
             num_seqs * spec.vocab_size * 5,
-            f"{num_seqs} rows x {spec.vocab_size} counters, touched by rows that ask",
+            f"{num_seqs} rows x {spec.vocab_size} counters{'' if on_gpu else ', touched by rows that ask'}",
         ),
     ]
-    if machine.device == "cuda":
-        rows.append(MemoryRow("reserve", CUDA_RESERVE, "device context, libraries, graphs"))
+    if on_gpu:
+        sizes = attention_sizes(spec, dtype, num_seqs, budget, length)
+        how = f"lists of {num_seqs} sequences, room for {sizes.max_partials} partial results"
+        rows.append(MemoryRow("attention", sizes.bytes, how))
+        rows.append(MemoryRow("reserve", CUDA_RESERVE, "libraries, graphs, sampling of rows that ask for more than a token"))
     return tuple(rows)
 
 
@@ -287,7 +281,10 @@ def _pool(config: EngineConfig, machine: Machine, fixed: int, block_bytes: int, 
     share, on_cpu = config.gpu_memory_utilization, machine.device == "cpu"
     memory = machine.available if on_cpu else machine.total
     measured = f"{size_text(memory)} {'available' if on_cpu else 'of the device'}"
-    left = int(share * memory) - fixed - block_bytes  # one is the scratch block
+    taken = 0 if on_cpu else machine.total - machine.available
+    left = int(share * memory) - taken - fixed - block_bytes  # one is the scratch block
+    if taken:
+        measured += f", of which {size_text(taken)} are taken already,"
     how = param = "gpu_memory_utilization"
     if config.num_gpu_blocks_override is not None:
         num_blocks, how = config.num_gpu_blocks_override, "num_gpu_blocks_override"
@@ -311,7 +308,7 @@ def _pool(config: EngineConfig, machine: Machine, fixed: int, block_bytes: int, 
                 param,
             )
     needed = fixed + (num_blocks + 1) * block_bytes
-    if needed > memory:
+    if needed > memory - taken:
         raise ConfigError(
             f"{how} asks for {num_blocks} blocks ({size_text(num_blocks * block_bytes)}): with weights and workspace "
             f"that makes {size_text(needed)}, and there are {measured}.",
@@ -352,14 +349,3 @@ def _ceil(a: int, b: int) -> int:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name without "torch."."""
     return str(dtype).removeprefix("torch.")
-
-
-def size_text(num_bytes: int) -> str:
-    """Bytes for people."""
-    return (
-        f"{num_bytes / GIB:.2f} GiB"
-        if num_bytes >= GIB
-        else f"{num_bytes / MIB:.2f} MiB"
-        if num_bytes >= MIB
-        else f"{num_bytes} bytes"
-    )

@@ -1,4 +1,4 @@
-"""ModelRunner: a plan in, a result out.
+"""ModelRunner: a plan in, a result out, on a CPU.
 
 Owns the model, the KV pool, the host pool and the order of a step; it does not know requests, text or who sends plans.
 Order: identity, changes of the rows, moves of blocks, the decoder, sampling, and only then the new lengths.
@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from octavo import ops
 from octavo.config import EngineConfig
@@ -26,20 +25,20 @@ from octavo.models import registry
 from octavo.models.decoder import Decoder
 from octavo.models.loader import load_model
 from octavo.models.source import ModelSource
-from octavo.plan import GroupInfo, Int32, StepPlan, StepResult
+from octavo.plan import GroupInfo, StepPlan, StepResult
 from octavo.worker.batch import build
 from octavo.worker.logit_edits import LogitEdits, Processor
-from octavo.worker.memory import MemoryPlan, machine_memory, plan_memory, resolve_device, resolve_dtype
+from octavo.worker.machine import machine_memory
+from octavo.worker.memory import MemoryPlan, plan_memory, resolve_dtype
+from octavo.worker.pairs import checked_pairs
 from octavo.worker.sampler import Sampler
 from octavo.worker.tables import Tables
 
 logger = get_logger(__name__)
 
 
-def check_supported(config: EngineConfig) -> None:
-    """ConfigError when this machine or this version cannot do what the options ask; nothing is loaded."""
-    if resolve_device(config) == "cuda":
-        raise ConfigError("device cuda is not supported yet.", "device")
+def check_cpu(config: EngineConfig) -> None:
+    """ConfigError when this machine or this version cannot do what the options ask of a CPU; nothing is loaded."""
     if config.batch_invariant and not ops.built():
         raise ConfigError(
             f"batch_invariant needs the compiled kernels, and they are not built. {ops.REBUILD}", "batch_invariant"
@@ -62,7 +61,7 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, source: ModelSource, decoder: Decoder | None = None) -> None:
-        check_supported(config)
+        check_cpu(config)
         spec = registry.spec(source.config) if decoder is None else decoder.spec
         self.memory: MemoryPlan = plan_memory(spec, config, resolve_dtype(config, source), machine_memory())
         for note in self.memory.notes:
@@ -148,21 +147,13 @@ class ModelRunner:
         device, host = self.memory.num_blocks, self.memory.num_host_blocks
         if len(plan.swap_out):
             started = time.perf_counter()
-            ops.swap_blocks(self.kv, self.host_kv, _pairs(plan.swap_out, device, host, "swap out"))
+            ops.swap_blocks(self.kv, self.host_kv, checked_pairs(plan.swap_out, device, host, "swap out"))
             seconds += time.perf_counter() - started
         if len(plan.copies):
-            ops.copy_blocks(self.kv, _pairs(plan.copies, device, device, "copy"))
+            ops.copy_blocks(self.kv, checked_pairs(plan.copies, device, device, "copy"))
         if len(plan.swap_in):
             started = time.perf_counter()
-            ops.swap_blocks(self.host_kv, self.kv, _pairs(plan.swap_in, host, device, "swap in"))
+            ops.swap_blocks(self.host_kv, self.kv, checked_pairs(plan.swap_in, host, device, "swap in"))
             seconds += time.perf_counter() - started
         return seconds
 
-
-def _pairs(pairs: Int32, num_sources: int, num_targets: int, what: str) -> Tensor:
-    """Checked source and destination blocks as a tensor int32 [n, 2]."""
-    if pairs.min() < 0 or pairs[:, 0].max() >= num_sources or pairs[:, 1].max() >= num_targets:
-        raise RuntimeError(
-            f"a plan wants to {what} blocks {pairs.tolist()} between pools of {num_sources} and {num_targets}."
-        )
-    return torch.from_numpy(np.array(pairs))

@@ -32,7 +32,7 @@ class Sampled:
 
 
 @dataclass(slots=True)
-class _Scores:
+class Scores:
     """Output of token_logprobs for n positions, as numpy arrays."""
 
     logprobs: Float32
@@ -50,6 +50,53 @@ class _Scores:
             top_tokens=self.top_ids[part, :k].copy(),
             top_logprobs=self.top_logprobs[part, :k].copy(),
         )
+
+
+@dataclass(slots=True)
+class PromptSpans:
+    """Prompt positions of one step whose next token is scored.
+
+    Attributes:
+        rows, firsts, counts: per row that asked, its slot, the index of its first scored token, and how many there are.
+        places: int64, the computed tokens whose logits are read. tokens: int32, what is scored. k: most alternatives.
+    """
+
+    rows: list[int]
+    firsts: list[int]
+    counts: list[int]
+    places: Index
+    tokens: Int32
+    k: int
+
+    def split(self, scores: Scores, tables: Tables) -> list[RowLogprobs]:
+        """The scores row by row."""
+        ends = np.cumsum(self.counts).tolist()
+        return [
+            scores.row(row, first, slice(end - n, end), int(tables.prompt_logprobs[row]), self.tokens[end - n : end].copy())
+            for row, first, n, end in zip(self.rows, self.firsts, self.counts, ends, strict=True)
+        ]
+
+
+def prompt_spans(plan: StepPlan, tables: Tables, starts: npt.NDArray[np.int64]) -> PromptSpans | None:
+    """Where rows of the plan asked for prompt logprobs; None when none did. starts: int64 [R + 1], of each row's tokens."""
+    ks = tables.prompt_logprobs[plan.rows]
+    if (ks < 0).all():
+        return None
+    spans = PromptSpans([], [], [], np.empty(0, np.intp), np.empty(0, np.int32), int(ks.max()))
+    places, tokens = [], []
+    for i in np.flatnonzero(ks >= 0).tolist():
+        row, start = int(plan.rows[i]), int(plan.starts[i])
+        count = min(start + int(plan.counts[i]), int(tables.num_prompt[row]) - 1) - start
+        if count > 0:
+            spans.rows.append(row)
+            spans.firsts.append(start + 1)
+            spans.counts.append(count)
+            places.append(np.arange(starts[i], starts[i] + count))
+            tokens.append(tables.tokens[row, start + 1 : start + 1 + count])
+    if not places:
+        return None
+    spans.places, spans.tokens = np.concatenate(places), np.concatenate(tokens)
+    return spans
 
 
 class Sampler:
@@ -77,13 +124,14 @@ class Sampler:
         wanted = np.where(t.beam[rows], np.maximum(t.logprobs[rows], 0), t.logprobs[rows])
         asking = np.flatnonzero(wanted >= 0)
         scored: Tensor | None = None
-        failed: list[int] = []
+        spoiled: Tensor | None = None
         if self._edits.needed(rows):
             if asking.size and not self._processed:
                 scored = logits[torch.from_numpy(asking)]
-            failed = self._edits.edit(rows, logits)
+            spoiled = self._edits.edit(rows, logits)
         drawn = self._draw(plan, rows, logits)
-        drawn[failed] = -1
+        if spoiled is not None:
+            drawn[spoiled.numpy()] = -1
         bad = np.flatnonzero(drawn < 0).astype(np.int32)
         beam = t.beam[rows]
         tokens = np.where(beam, np.int32(-1), drawn)
@@ -108,28 +156,11 @@ class Sampler:
         ``start`` of an entry is the index of its first scored token: the position before it was computed in this step.
         They describe the model's own distribution in either mode. ``hidden`` is [T, hidden], ``head`` makes its logits.
         """
-        t = self._tables
-        ks = t.prompt_logprobs[plan.rows]
-        if (ks < 0).all():
+        spans = prompt_spans(plan, self._tables, batch.starts)
+        if spans is None:
             return []
-        rows, firsts, counts, places = [], [], [], []
-        for i in np.flatnonzero(ks >= 0).tolist():
-            row, start = int(plan.rows[i]), int(plan.starts[i])
-            count = min(start + int(plan.counts[i]), int(t.num_prompt[row]) - 1) - start
-            if count > 0:
-                rows.append(row)
-                firsts.append(start + 1)
-                counts.append(count)
-                places.append(np.arange(batch.starts[i], batch.starts[i] + count))
-        if not rows:
-            return []
-        tokens = np.concatenate([t.tokens[r, f : f + n] for r, f, n in zip(rows, firsts, counts, strict=True)])
-        scores = _score_tiles(torch.from_numpy(np.concatenate(places)), tokens, int(ks.max()), hidden, head)
-        ends = np.cumsum(counts).tolist()
-        return [
-            scores.row(row, first, slice(end - n, end), int(t.prompt_logprobs[row]), tokens[end - n : end].copy())
-            for row, first, n, end in zip(rows, firsts, counts, ends, strict=True)
-        ]
+        scores = _score_tiles(torch.from_numpy(spans.places), spans.tokens, spans.k, hidden, head)
+        return spans.split(scores, self._tables)
 
     def _draw(self, plan: StepPlan, rows: Index, logits: Tensor) -> Int32:
         """Tokens int32 [S]; -1 for a row with a NaN or without a finite logit."""
@@ -181,22 +212,22 @@ class Sampler:
         ]
 
 
-def _blank(num: int, k: int) -> _Scores:
-    return _Scores(
+def _blank(num: int, k: int) -> Scores:
+    return Scores(
         np.empty(num, np.float32), np.empty(num, np.int32), np.empty((num, k), np.int32), np.empty((num, k), np.float32)
     )
 
 
-def _score_rows(logits: Tensor, tokens: Int32, k: int) -> _Scores:
+def _score_rows(logits: Tensor, tokens: Int32, k: int) -> Scores:
     """Logprobs of one token per row of logits [n, vocab] and of its best k."""
     scores = _blank(len(tokens), min(k, logits.shape[1]))
     _score_into(scores, slice(0, len(tokens)), logits, tokens)
     return scores
 
 
-def _score_tiles(places: Tensor, tokens: Int32, k: int, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> _Scores:
+def _score_tiles(places: Tensor, tokens: Int32, k: int, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Scores:
     """Logprobs of tokens[i] at hidden[places[i]], PROMPT_TILE positions at a time."""
-    scores: _Scores | None = None
+    scores: Scores | None = None
     for start in range(0, len(tokens), PROMPT_TILE):
         part = slice(start, min(start + PROMPT_TILE, len(tokens)))
         logits = head(hidden[places[part]])
@@ -206,7 +237,7 @@ def _score_tiles(places: Tensor, tokens: Int32, k: int, hidden: Tensor, head: Ca
     return scores
 
 
-def _score_into(scores: _Scores, part: slice, logits: Tensor, tokens: npt.NDArray[np.int32]) -> None:
+def _score_into(scores: Scores, part: slice, logits: Tensor, tokens: npt.NDArray[np.int32]) -> None:
     ops.token_logprobs(
         torch.from_numpy(scores.logprobs[part]),
         torch.from_numpy(scores.ranks[part]),

@@ -1,10 +1,13 @@
 """A tiny random Llama on disk (no tokenizer) and SmolLM2, shared by the whole-engine tests."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 VOCAB = 211
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from octavo.layers.attention import Attention, QKNorm
 from octavo.layers.rope import Rope
-from octavo.layers.workspace import Workspace
+from octavo.layers.workspace import Fresh, Workspace
 from octavo.ops.attention import AttentionMeta
 from octavo.parallel import Shards
 
@@ -33,8 +33,8 @@ def forward(attention: Attention, x: torch.Tensor) -> tuple[torch.Tensor, torch.
         tables, torch.zeros(1, dtype=torch.int32), torch.tensor([0, tokens], dtype=torch.int32),
         torch.tensor([tokens], dtype=torch.int32), tables[0, at // 4].long() * 4 + at % 4, tokens, tokens)
     work = Workspace(
-        torch.zeros(tokens, HIDDEN), at, meta, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, up_size=8,
-        intermediate=4)
+        torch.zeros(tokens, HIDDEN), torch.empty(tokens, HIDDEN), at, meta, Fresh(), torch.float32, num_heads=HEADS,
+        num_kv_heads=KV_HEADS, head_dim=DIM, up_size=8, intermediate=4)
     cache, out = torch.full((2, 4, 4, KV_HEADS, DIM), math.nan), torch.empty(tokens, HIDDEN)
     attention(out, x, work, cache[0], cache[1])
     return out, cache

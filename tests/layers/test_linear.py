@@ -42,7 +42,7 @@ def test_parts_are_packed_when_the_last_one_comes() -> None:
     slots["up.weight"].store(torch.ones(4, 3))
     assert linear.weight.packed.shape == (1, 3, 32)
     assert linear.weight.packed.dtype == torch.float16
-    assert not linear._arrived, "the parts should be gone once they are packed"
+    assert not linear.weight._arrived, "the parts should be gone once they are packed"
 
 
 def test_rows_of_a_wider_tensor_are_read_and_written() -> None:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from octavo.layers.weight import PackedWeight, Slot, Table, Vector, prefixed
+from octavo import ops
+from octavo.layers.weight import DenseWeight, PackedWeight, Slot, Table, Vector, matrix, prefixed
+from octavo.ops import fused_reference, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -13,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_packed_weight_multiplies_and_gathers(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight, bias, x = torch.randn(shape), torch.randn(shape[0]), torch.randn(5, shape[1])
     packed = PackedWeight(*shape, dtype)
-    packed.fill(weight)
+    packed.take(0, weight)
     stored = weight.to(dtype).float()
     out = torch.empty(5, shape[0])
     packed.apply(out, x, bias)
@@ -28,7 +30,7 @@ def test_packed_weight_multiplies_and_gathers(shape: tuple[int, int], dtype: tor
 def test_table_looks_up(dtype: torch.dtype) -> None:
     weight, ids = torch.randn(11, 6), torch.tensor([10, 0, 3])
     table = Table(11, 6, dtype)
-    table.fill(weight)
+    table.take(0, weight)
     out = torch.empty(3, 6)
     table.gather(out, ids)
     assert torch.equal(out, weight.to(dtype).float()[ids])
@@ -53,3 +55,27 @@ def test_a_slice_of_a_vector_is_a_slot_of_its_own() -> None:
 def test_prefixed_keeps_the_slots() -> None:
     slot = Slot((1,), lambda tensor: None)
     assert prefixed("a.", {"b": slot}) == {"a.b": slot}
+
+
+def test_dense_weight_multiplies_as_packed_weight_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("skinny_linear", "skinny_gated", "lookup"):
+        monkeypatch.setattr(ops, name, getattr(fused_reference, name))
+    monkeypatch.setattr(ops, "gated_activation", reference.gated_activation)
+    weight, bias, ids = torch.randn(24, 16), torch.randn(24), torch.tensor([0, 23, 7])
+    dense, packed = DenseWeight(24, 16, torch.float32, "cpu:0"), matrix(24, 16, torch.float32, "cpu")
+    assert isinstance(packed, PackedWeight)
+    for part in (slice(8, 24), slice(0, 8)):  # in any order
+        dense.take(part.start, weight[part])
+        packed.take(part.start, weight[part])
+    for tokens in (3, 100):
+        x = torch.randn(tokens, 16)
+        found = []
+        for one in (dense, packed):
+            out, gated, both = torch.empty(tokens, 24), torch.empty(tokens, 12), torch.empty(tokens, 24)
+            one.apply(out, x, bias)
+            one.apply_gated(gated, x, bias, "silu", both)
+            found.append((out, gated))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    rows = torch.empty(3, 16)
+    dense.gather(rows, ids)
+    assert torch.equal(rows, weight[ids])

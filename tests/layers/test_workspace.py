@@ -1,8 +1,9 @@
 """Buffers of a forward pass: shapes, views, and which of them may overlap."""
 
+import pytest
 import torch
 
-from octavo.layers.workspace import Workspace
+from octavo.layers.workspace import Arena, Fresh, Workspace, aligned
 from octavo.ops.attention import AttentionMeta
 
 EMPTY = torch.empty(0, dtype=torch.int32)
@@ -11,8 +12,8 @@ META = AttentionMeta(EMPTY, EMPTY, EMPTY, EMPTY, EMPTY.long(), 0, 0)
 
 def make(tokens: int) -> Workspace:
     return Workspace(
-        torch.ones(tokens, 10), torch.arange(tokens), META, num_heads=3, num_kv_heads=1, head_dim=4, up_size=14,
-        intermediate=7)
+        torch.ones(tokens, 10), torch.empty(tokens, 10), torch.arange(tokens), META, Fresh(), torch.float32, num_heads=3,
+        num_kv_heads=1, head_dim=4, up_size=14, intermediate=7)
 
 
 def test_shapes() -> None:
@@ -44,3 +45,15 @@ def test_rows_start_on_cache_lines() -> None:
     work = make(3)
     assert work.mixed.data_ptr() % 64 == work.qkv.data_ptr() % 64
     assert work.act.data_ptr() % 64 == work.up.data_ptr() % 64
+
+
+def test_an_arena_gives_the_same_places_to_every_pass_and_nothing_twice() -> None:
+    arena = Arena(aligned(3 * 5 * 4) + aligned(7), "cpu")
+    first = [arena.take((3, 5), torch.float32), arena.take((7,), torch.uint8)]
+    first[0].fill_(1.0)
+    first[1].fill_(2)
+    assert (first[0] == 1.0).all() and first[0].data_ptr() % 64 == first[1].data_ptr() % 64
+    with pytest.raises(RuntimeError, match="no room for 1 more"):
+        arena.take((1,), torch.uint8)
+    arena.restart()
+    assert arena.take((2, 5), torch.float32).data_ptr() == first[0].data_ptr()

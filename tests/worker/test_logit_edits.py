@@ -40,7 +40,8 @@ class Device:
         logits = logits.clone()
         rows = np.array(rows, np.intp)
         assert self.edits.needed(rows)
-        return logits, self.edits.edit(rows, logits)
+        spoiled = self.edits.edit(rows, logits)
+        return logits, spoiled.nonzero().flatten().tolist()
 
 
 def new(row=0, prompt=(1, 2, 3), output=(), generation=1, **sampling):

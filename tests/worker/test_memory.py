@@ -1,6 +1,7 @@
 """The memory plan against arithmetic by hand (SmolLM2-135M, Llama-3.1-8B) and against what a decoder allocates."""
 
 import gc
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import torch
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
-from octavo.layers.workspace import Workspace
+from octavo.layers.workspace import Fresh, aligned
 from octavo.models import registry
 from octavo.models.source import ModelSource
 from octavo.models.spec import LayerSpec, RopeSpec
-from octavo.worker import memory
-from octavo.worker.memory import GIB, MIB, Machine, plan_memory, resolve_dtype, step_bytes, weight_bytes
+from octavo.ops.attention import AttentionMeta
+from octavo.worker import machine
+from octavo.worker.machine import GIB, MIB, Machine
+from octavo.worker.memory import plan_memory, resolve_dtype, step_bytes, weight_bytes
 
 BF16 = torch.bfloat16
 MACHINE = Machine("cpu", 16 * GIB, 12 * GIB, 16 * GIB)
@@ -108,12 +111,20 @@ def test_weights_are_what_a_decoder_holds(tiny, changes, dtype):
 
 @pytest.mark.parametrize("changes", [{}, {"gated": False}, {"intermediate": 8}, {"num_kv_heads": 4}])
 def test_activations_are_the_workspace_of_a_step(tiny, changes):
-    s = tiny.spec(**changes)
-    work = Workspace(
-        torch.empty(16, s.hidden), torch.empty(16), None, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads,
-        head_dim=s.head_dim, up_size=s.intermediate * (1 + s.gated), intermediate=s.intermediate)  # fmt: skip
-    parts = (work.residual, work.delta, work.normed, work.qkv)
-    assert sum(part.untyped_storage().nbytes() for part in parts) == step_bytes(s, 16)
+    decoder, taken = tiny.decoder(tiny.spec(**changes)), []
+
+    class Counted(Fresh):
+        def take(self, shape, dtype):
+            taken.append(aligned(math.prod(shape) * dtype.itemsize))
+            return super().take(shape, dtype)
+
+    empty = torch.empty(0, dtype=torch.int32)
+    tokens, zero = torch.zeros(16, dtype=torch.int64), torch.tensor([0, 16], dtype=torch.int32)
+    meta = AttentionMeta(empty.view(1, 0), zero[:1], zero, zero[1:], tokens - 1, 16, 16)
+    s = decoder.spec
+    with pytest.raises(RuntimeError, match="paged_attention"):  # it has no blocks: the buffers are all made by then
+        decoder.forward(tokens, tokens, torch.zeros(s.num_layers, 2, 1, 4, s.num_kv_heads, s.head_dim), meta, Counted())
+    assert sum(taken) == step_bytes(s, 16)
 
 
 def test_the_pool_follows_the_first_rule_that_applies():
@@ -221,11 +232,11 @@ def test_an_unknown_dtype_of_a_checkpoint_is_named():
 
 
 def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CGROUPS", ((tmp_path, "max", "current", "inactive_file"),))
+    monkeypatch.setattr(machine, "CGROUPS", ((tmp_path, "max", "current", "inactive_file"),))
     (tmp_path / "max").write_text("max\n")
     (tmp_path / "current").write_text("300000000\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000000\n")
-    whole = memory.machine_memory()
+    whole = machine.machine_memory()
     (tmp_path / "max").write_text("1000000000\n")
-    boxed = memory.machine_memory()
+    boxed = machine.machine_memory()
     assert whole.total > boxed.total == boxed.host_total == 1_000_000_000 and boxed.available <= 800_000_000

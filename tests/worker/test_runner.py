@@ -11,6 +11,7 @@ from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.models.source import ModelSource
 from octavo.plan import checksum
+from octavo.worker.group import check_supported
 from octavo.worker.runner import ModelRunner
 
 SOURCE = ModelSource("folder", Path("."), {"torch_dtype": "float32"})
@@ -258,10 +259,16 @@ def test_the_kv_cache_may_have_another_type(tiny):
     assert make_runner(tiny).kv.dtype == torch.float32
 
 
-def test_cuda_is_refused(tiny):
-    config = EngineConfig(model="tiny", device="cuda")
-    with pytest.raises(ConfigError, match="device cuda is not supported yet"):
-        ModelRunner(config, SOURCE, decoder=tiny.decoder(tiny.spec()))
+@pytest.mark.parametrize(
+    ("torch_cuda", "options", "words"),
+    [(None, {}, "needs a torch with CUDA"), ("13.0", {}, "no NVIDIA GPU is found"),
+     ("13.0", {"batch_invariant": True}, "batch_invariant is not supported on a GPU")],
+)  # fmt: skip
+def test_a_gpu_that_cannot_be_used_is_refused(monkeypatch, torch_cuda, options, words):
+    monkeypatch.setattr("torch.version.cuda", torch_cuda)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=words):
+        check_supported(EngineConfig(model="tiny", device="cuda", **options))
 
 
 def test_a_window_forgets(tiny):

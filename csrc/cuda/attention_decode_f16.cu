@@ -1,0 +1,8 @@
+// The decode kernel for float16: instances of attention_decode.cuh, in a file of their own to compile beside the others.
+#include "attention_decode_launch.cuh"
+
+namespace octavo::cuda {
+
+void launch_decode_f16(const AttentionParams& p, const DecodeLaunch& d, cudaStream_t stream) { launch_decode_instance<__half, false>(p, d, stream); }
+
+}  // namespace octavo::cuda

@@ -1,0 +1,8 @@
+// The prefill kernel for bfloat16 queries and caches: instances of attention_prefill.cuh, in a file of their own to compile beside the others.
+#include "attention_prefill.cuh"
+
+namespace octavo::cuda {
+
+void launch_prefill_bf16(const AttentionParams& p, cudaStream_t stream) { launch_prefill_type<__nv_bfloat16, false>(p, stream); }
+
+}  // namespace octavo::cuda

@@ -1,0 +1,389 @@
+"""CudaRunner: plans in, results out, on a GPU that is never waited for but once a step.
+
+Owns the model, the pools, the rows and the order of a step: changes of the rows, moves of blocks, forward, sampling. A step is
+launched and left to itself; its tokens stay in the rows of the device, where the next step finds them, and come to the host
+through pinned memory. Decode steps and small mixed steps are replayed graphs, one for the forward pass and one for sampling;
+larger ones, and the sampling of rows that ask for more than a token, are launched kernel by kernel.
+
+What a failed step leaves is as in ModelRunner: the tables as if it had succeeded, with token 0. Invariants: everything runs on
+one stream, in the order of the plans; the only wait is for the event at the end of a step (DevicePending), and for edits that
+must see a row's last token; after the constructor no kernel of the common path allocates memory.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo import ops
+from octavo.config import EngineConfig
+from octavo.layers.workspace import Arena
+from octavo.log import get_logger
+from octavo.models import registry
+from octavo.models.decoder import Decoder
+from octavo.models.loader import load_model
+from octavo.models.source import ModelSource
+from octavo.plan import GroupInfo, Int32, RowLogprobs, StepPlan, StepResult
+from octavo.worker import staging
+from octavo.worker.attention_sizes import attention_sizes
+from octavo.worker.cuda_sampler import CudaSampler
+from octavo.worker.device import SLOTS, DeviceRows
+from octavo.worker.gpu import Gpu
+from octavo.worker.graphs import MIXED_TOKENS, sizes
+from octavo.worker.logit_edits import LogitEdits, Processor
+from octavo.worker.memory import MemoryPlan, plan_memory, resolve_dtype, step_bytes
+from octavo.worker.pairs import checked_pairs
+from octavo.worker.tables import Index, Tables
+
+logger = get_logger(__name__)
+FIRST_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # captured before ready, with the largest; the rest when they are wanted
+
+
+class CudaRunner:
+    """One GPU: weights, KV and rows.
+
+    Args:
+        config: options. source: the model. decoder, gpu: used instead of making them (tests).
+
+    Attributes:
+        info: what the engine has to know. memory: the table behind it. kv, host_kv: as in ModelRunner.
+        steps, graph_steps: steps that computed something, and those of them whose forward pass was a replayed graph.
+
+    Raises:
+        ConfigError: an option does not fit this machine. ModelError: the checkpoint cannot be used.
+    """
+
+    def __init__(
+        self, config: EngineConfig, source: ModelSource, decoder: Decoder | None = None, gpu: Gpu | None = None
+    ) -> None:
+        self._gpu = gpu = gpu or Gpu(config)
+        spec = registry.spec(source.config) if decoder is None else decoder.spec
+        self.memory: MemoryPlan = plan_memory(spec, config, resolve_dtype(config, source), gpu.memory())
+        for note in self.memory.notes:
+            logger.info(note)
+        m, device = self.memory, gpu.name
+        self._stream, self._side = gpu.stream(), gpu.stream()
+        with gpu.use(self._stream), torch.inference_mode():
+            self._decoder = decoder or load_model(source, config, m.dtype, m.max_model_len, device)
+            gpu.trim()
+            shape = (spec.num_layers, 2, m.num_blocks + 1, m.block_size, spec.num_kv_heads, spec.head_dim)
+            self.kv = torch.empty(shape, dtype=m.kv_dtype, device=device)
+            self.tables = Tables(m.max_num_seqs, m.max_model_len, m.block_size, m.num_blocks)
+            attention = attention_sizes(spec, m.dtype, m.max_num_seqs, m.max_num_batched_tokens, m.max_model_len)
+            self._rows = DeviceRows(
+                m.max_num_seqs, m.max_num_batched_tokens, self.tables.blocks.shape[1], m.block_size, attention, spec.vocab_size,
+                gpu,
+            )
+            act = self._decoder.act_dtype
+            self._arena = Arena(step_bytes(spec, m.max_num_batched_tokens, act), device)
+            self._hidden = self._arena.take((m.max_num_batched_tokens, spec.hidden), act)
+            self._gathered = torch.empty((m.max_num_seqs, spec.hidden), dtype=act, device=device)
+            self._logits = torch.empty((m.max_num_seqs, spec.vocab_size), dtype=torch.float32, device=device)
+            self._edits = LogitEdits(self.tables, spec.vocab_size, device)
+            self._sampler = CudaSampler(
+                self.tables, self._edits, self._rows, gpu, processed=config.logprobs_mode == "processed_logprobs")
+            self._host = gpu.host_pool((*shape[:2], m.num_host_blocks, *shape[3:]), m.kv_dtype)
+            self._events = [gpu.event() for _ in range(SLOTS)]
+            self._last: DevicePending | None = None
+            self._debug = config.debug_checksums
+            self.steps = self.graph_steps = 0
+            self._row_sizes = sizes(m.max_num_seqs)
+            self._mixed_sizes = tuple(size for size in sizes(MIXED_TOKENS) if size <= m.max_num_batched_tokens)
+            self._functions: dict[str, Callable[[int], None]] = {
+                "decode": partial(self._forward, 1), "mixed": partial(self._forward, None), "all": self._sample_all,
+                "some": self._sample_some,
+            }
+            self._missing: list[tuple[str, int]] = []
+            self._graphs = None if config.enforce_eager else gpu.graphs()
+            self._warm_up()
+        self.info = GroupInfo(
+            num_blocks=m.num_blocks, num_host_blocks=m.num_host_blocks, block_bytes=m.block_bytes, block_size=m.block_size,
+            max_model_len=m.max_model_len, max_num_seqs=m.max_num_seqs, max_num_batched_tokens=m.max_num_batched_tokens,
+            vocab_size=spec.vocab_size, device="cuda",
+        )
+
+    @property
+    def host_kv(self) -> Tensor:
+        """The host pool, pinned."""
+        return self._host.wait()
+
+    def set_processors(self, row: int, generation: int, processors: Sequence[Processor]) -> None:
+        """Register logits processors before the plan that starts the row with this generation."""
+        self._edits.set_processors(row, generation, processors)
+
+    def submit(self, plan: StepPlan) -> "DevicePending":
+        """Launch one step. What goes wrong while it computes is raised by the pending's ``result``.
+
+        Raises:
+            RuntimeError: the plan contradicts the tables.
+        """
+        with self._gpu.use(self._stream), torch.inference_mode():
+            started = time.perf_counter()
+            self.tables.apply(plan)
+            self._edits.apply(plan)
+            pending = DevicePending(self, plan, started, self._last)
+            self._move(plan, pending)
+            if plan.rows.size:
+                self._compute(plan, pending)
+            else:
+                self._send(plan, pending.slot, staging.NONE, staging.NONE, staging.NONE)
+            if self._debug:
+                pending.checksum = self._checksum()
+            self._events[pending.slot].record(self._stream)
+            self._last = pending
+            self._capture_one()
+            return pending
+
+    def close(self) -> None:
+        """Wait for the device and give the host's memory back."""
+        self._stream.synchronize()
+        self._host.close()
+
+    def wait(self, slot: int) -> None:
+        """Wait for the end of the step that uses a slot."""
+        self._events[slot].synchronize()
+
+    def done(self, slot: int) -> bool:
+        """Whether it has ended."""
+        return bool(self._events[slot].query())
+
+    def tokens(self, slot: int, num: int) -> Int32:
+        """What it sampled."""
+        return self._rows.result(slot, num)
+
+    def _compute(self, plan: StepPlan, pending: "DevicePending") -> None:
+        self.tables.check(plan)
+        self.steps += 1
+        try:
+            self._launch(plan, pending)
+        except Exception as error:
+            pending.error = error
+            self._pass_over(plan)
+            return
+        rows = plan.sample_rows.astype(np.intp)
+        pending.expect(rows, self.tables)
+        self.tables.write(rows[~pending.beam], np.zeros(int((~pending.beam).sum()), np.int32))
+        self.tables.advance(plan)
+
+    def _launch(self, plan: StepPlan, pending: "DevicePending") -> None:
+        num_seqs = len(plan.rows)
+        starts = np.zeros(num_seqs + 1, np.int64)
+        np.cumsum(plan.counts, out=starts[1:])
+        num_tokens = int(starts[-1])
+        self._send(plan, pending.slot, plan.rows, staging.token_ids(plan, self.tables, starts), starts)
+        self._run_forward(num_tokens, num_seqs, int(plan.counts.max()))
+        self._prompts(plan, starts, num_tokens, pending)
+        num = len(plan.sample_rows)
+        if not num:
+            return
+        if self._sampler.asks(plan.sample_rows.astype(np.intp)):
+            if pending.before is not None and self._edits.needs_output(plan.sample_rows.astype(np.intp)):
+                pending.before.settle()
+            hidden = torch.index_select(self._hidden, 0, self._rows.sources(num), out=self._gathered[:num])
+            pending.finish = self._sampler.sample(plan, self._decoder.logits(hidden, self._logits[:num]))
+            return
+        in_order = num == num_tokens and bool((plan.sample_from == np.arange(num)).all())
+        self._run("all" if in_order else "some", self._row_sizes, num)
+
+    def _send(self, plan: StepPlan, slot: int, rows: Int32, ids: Int32, starts: Index | Int32) -> None:
+        """Pack the plan and copy it to the device; more changes than one array holds go ahead of it."""
+        *ahead, last = staging.changes(plan)
+        host = self._rows.staging[slot]
+        for part in ahead:
+            self._rows.send(slot, staging.pack(host, slot=slot, changed=part))
+            self._rows.begin(0, 0, 0)
+            self._stream.synchronize()  # the array is written again: rare, and the only place where that happens
+        if not rows.size:
+            self._rows.send(slot, staging.pack(host, slot=slot, changed=last, new=staging.parameters(plan.new)))
+            self._rows.begin(0, 0, 0)
+            return
+        beam = self.tables.beam[plan.sample_rows]
+        samples = np.where(beam, np.int32(-1), plan.sample_rows) if beam.any() else plan.sample_rows
+        length = staging.pack(
+            host, slot=slot, rows=rows, starts=plan.starts, counts=plan.counts, ids=ids, changed=last,
+            new=staging.parameters(plan.new), samples=samples, sources=(starts[plan.sample_from + 1] - 1).astype(np.int32),
+            places=plan.sample_pos,
+        )
+        self._rows.send(slot, length)
+
+    def _run_forward(self, num_tokens: int, num_seqs: int, max_query: int) -> None:
+        if max_query == 1:
+            replayed = self._run("decode", self._row_sizes, num_tokens)
+        elif self._mixed_sizes and num_tokens <= self._mixed_sizes[-1]:
+            replayed = self._run("mixed", self._mixed_sizes, num_tokens)
+        else:
+            replayed = False
+            self._pass(num_tokens, num_seqs, max_query)
+        self.graph_steps += replayed
+
+    def _run(self, key: str, ladder: tuple[int, ...], wanted: int) -> bool:
+        """Replay the function's smallest captured size that fits, or call it; True when it was a replay."""
+        exact = next(size for size in ladder if size >= wanted)
+        if self._graphs is None:
+            self._functions[key](exact)
+            return False
+        size = self._graphs.fitting(key, ladder, wanted)
+        if size != exact and (key, exact) not in self._missing:
+            self._missing.append((key, exact))
+        if size is None:
+            self._functions[key](exact)
+            return False
+        self._graphs.replay(key, size)
+        return True
+
+    def _forward(self, max_query: int | None, num_tokens: int) -> None:
+        """A forward pass padded to ``num_tokens``; the sequences are as many, or all rows."""
+        num_seqs = min(num_tokens, self._rows.num_rows)
+        self._pass(num_tokens, num_seqs, max_query or num_tokens)
+
+    def _pass(self, num_tokens: int, num_seqs: int, max_query: int) -> None:
+        ids, positions, meta = self._rows.begin(num_tokens, num_seqs, max_query)
+        self._arena.restart()
+        self._decoder.forward(ids, positions, self.kv, meta, self._arena)
+
+    def _sample_all(self, num: int) -> None:
+        """Sample from the first ``num`` hidden states, in order."""
+        self._rows.draw(num, self._decoder.logits(self._hidden[:num], self._logits[:num]))
+        self._rows.end(num)
+
+    def _sample_some(self, num: int) -> None:
+        """Sample from the hidden states that staging names."""
+        hidden = torch.index_select(self._hidden, 0, self._rows.sources(num), out=self._gathered[:num])
+        self._rows.draw(num, self._decoder.logits(hidden, self._logits[:num]))
+        self._rows.end(num)
+
+    def _prompts(self, plan: StepPlan, starts: Index, num_tokens: int, pending: "DevicePending") -> None:
+        pending.prompts = self._sampler.score_prompts(plan, starts, self._hidden[:num_tokens], self._decoder.logits)
+
+    def _pass_over(self, plan: StepPlan) -> None:
+        """See ModelRunner: a step that was planned meanwhile still fits."""
+        rows = plan.sample_rows.astype(np.intp)
+        rows = rows[~self.tables.beam[rows]]
+        self.tables.write(rows, np.zeros(len(rows), np.int32))
+        self.tables.advance(plan)
+
+    def _move(self, plan: StepPlan, pending: "DevicePending") -> None:
+        """Swap out, copy, swap in. Swaps run on the side stream, which waits for this one and is waited for by it."""
+        device, host = self.memory.num_blocks, self.memory.num_host_blocks
+        if len(plan.swap_out):
+            pairs = checked_pairs(plan.swap_out, device, host, "swap out")
+            self._aside(pending, partial(ops.swap_blocks, self.kv, self.host_kv, pairs))
+        if len(plan.copies):
+            ops.copy_blocks(self.kv, checked_pairs(plan.copies, device, device, "copy"))
+        if len(plan.swap_in):
+            pairs = checked_pairs(plan.swap_in, host, device, "swap in")
+            self._aside(pending, partial(ops.swap_blocks, self.host_kv, self.kv, pairs))
+
+    def _aside(self, pending: "DevicePending", move: Callable[[], None]) -> None:
+        begin, end = self._gpu.event(timing=True), self._gpu.event(timing=True)
+        self._side.wait_stream(self._stream)
+        with self._gpu.use(self._side):
+            begin.record(self._side)
+            move()
+            end.record(self._side)
+        self._stream.wait_event(end)
+        pending.swaps.append((begin, end))
+
+    def _warm_up(self) -> None:
+        """Load every kernel at the largest step and capture the first sizes. Nothing is sent: all tokens are padding."""
+        m = self.memory
+        self._rows.send(0, staging.pack(self._rows.staging[0], slot=0))
+        self._pass(m.max_num_batched_tokens, m.max_num_seqs, m.max_num_batched_tokens)
+        self._sample_some(m.max_num_seqs)
+        if self._graphs is None:
+            return
+        for key, ladder in (("decode", self._row_sizes), ("all", self._row_sizes), ("mixed", self._mixed_sizes),
+                            ("some", self._row_sizes)):
+            for size in ladder:
+                if size in FIRST_SIZES or size == ladder[-1]:
+                    self._functions[key](size)
+                    self._graphs.capture(key, size, self._functions[key])
+        self._stream.synchronize()
+
+    def _capture_one(self) -> None:
+        """Capture a size that was wanted and missing, while the device is busy with the step that wanted it."""
+        if self._missing and self._graphs is not None:
+            key, size = self._missing.pop(0)
+            if not self._graphs.has(key, size):
+                self._graphs.capture(key, size, self._functions[key])
+
+    def _checksum(self) -> int:
+        """Of the host's tables, after the block tables of the device were compared with them."""
+        rows = self.tables.active()
+        device = self._rows.block_tables.cpu().numpy()
+        for row in rows.tolist():
+            held = self.tables.num_blocks[row]
+            if not np.array_equal(device[row, :held], self.tables.blocks[row, :held]):
+                raise RuntimeError(f"block tables of row {row} differ between host and device.")
+        return self.tables.checksum()
+
+
+class DevicePending:
+    """A step that was launched.
+
+    Attributes:
+        slot: its staging, event and results. before: the step launched before it, until that is settled.
+        finish, prompts: what assembles logprobs once the device has computed them. swaps: events around moves of blocks.
+    """
+
+    def __init__(self, runner: CudaRunner, plan: StepPlan, started: float, before: "DevicePending | None") -> None:
+        self._runner, self._plan, self._started = runner, plan, started
+        self.slot = plan.step % SLOTS
+        self.settled = False
+        self.before = None if before is None or before.settled else before
+        self.error: Exception | None = None
+        self.finish: Callable[[Int32], list[RowLogprobs]] | None = None
+        self.prompts: Callable[[], list[RowLogprobs]] | None = None
+        self.swaps: list[tuple[Any, Any]] = []
+        self.checksum = 0
+        self.ended = 0.0
+        self.beam = np.zeros(0, np.bool_)
+        self._rows: Index = np.zeros(0, np.intp)
+        self._places = self._drawn = staging.NONE
+
+    def expect(self, rows: Index, tables: Tables) -> None:
+        """Note where the tokens of the sampling ``rows`` will go in the host's tables."""
+        self._rows, self.beam = rows, tables.beam[rows]
+        self._places = tables.length[rows]
+
+    def done(self) -> bool:
+        """Whether ``result`` would answer at once."""
+        return self.settled or self._runner.done(self.slot)
+
+    def settle(self) -> None:
+        """Wait for the device and put the tokens into the host's tables, where their rows are still the same."""
+        if self.settled:
+            return
+        if self.before is not None:
+            self.before.settle()
+        self._runner.wait(self.slot)
+        self.ended = time.perf_counter()
+        tables, plan = self._runner.tables, self._plan
+        self._drawn = self._runner.tokens(self.slot, len(self._rows))
+        same = (tables.generation[self._rows] == plan.sample_generations[: len(self._rows)]) & ~self.beam
+        tables.tokens[self._rows[same], self._places[same]] = np.maximum(self._drawn[same], 0)
+        self.settled = True
+
+    def result(self) -> StepResult:
+        """Wait for the step; raises what went wrong in it."""
+        before = self.before
+        self.settle()
+        if self.error is not None:
+            raise self.error
+        begun = self._started if before is None else max(self._started, before.ended)
+        self.before = None
+        drawn = self._drawn
+        return StepResult(
+            epoch=self._plan.epoch, step=self._plan.step,
+            tokens=np.where(self.beam, np.int32(-1), drawn) if self.beam.any() else drawn,
+            bad=np.flatnonzero(drawn < 0).astype(np.int32),
+            logprobs=self.finish(drawn) if self.finish is not None else [],
+            prompt_logprobs=self.prompts() if self.prompts is not None else [],
+            seconds=self.ended - begun if self._plan.rows.size else 0.0,
+            swap_seconds=sum(begin.elapsed_time(end) for begin, end in self.swaps) / 1000,
+            checksum=self.checksum,
+        )

@@ -1,0 +1,107 @@
+"""The GPU of this process: whether there is one that can be used, its memory, and its streams, events and pinned memory.
+
+Owns the sentences for GPUs that are absent, too old or taken, and everything that the worker asks of CUDA itself, so that tests
+can put a pretended device in its place. Invariant: a ``Gpu`` that exists can be used by torch and by our kernels.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from octavo import ops
+from octavo.config import EngineConfig
+from octavo.errors import ConfigError
+from octavo.worker.graphs import GraphPool
+from octavo.worker.host_pool import HostPool
+from octavo.worker.machine import Machine
+
+OLDEST = 7.0  # compute capability
+
+
+def usable() -> bool:
+    """Whether "auto" may choose the GPU: torch sees one, and our kernels are built."""
+    return torch.cuda.is_available() and ops.cuda_built()
+
+
+def check_gpu(config: EngineConfig) -> None:
+    """Load the CUDA kernels.
+
+    Raises:
+        ConfigError: there is no GPU, torch cannot use it, it is too old, the kernels are not built for it, or an option asks
+            for what a GPU does not do yet.
+    """
+    if config.batch_invariant:
+        raise ConfigError("batch_invariant is not supported on a GPU yet.", "batch_invariant")
+    if torch.version.cuda is None:
+        raise ConfigError(f"device cuda needs a torch with CUDA; torch {torch.__version__} has none.", "device")
+    if not torch.cuda.is_available():
+        raise ConfigError("device cuda: no NVIDIA GPU is found, or its driver is missing or too old for this torch.", "device")
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    version = f"{capability[0]}.{capability[1]}"
+    if float(version) < OLDEST:
+        raise ConfigError(f"device cuda: {name} has compute capability {version}; {OLDEST} is the oldest supported.", "device")
+    ops.load_cuda()
+    try:
+        counts = torch.zeros((1, 1), dtype=torch.int32, device="cuda")
+        ops.count_tokens(counts, counts[0], counts[0])
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"device cuda: {name} has no free memory at all; another process has taken it.", "device") from error
+    except RuntimeError as error:
+        if "kernel image" not in str(error):
+            raise
+        raise ConfigError(
+            f"the CUDA kernels are not built for {name} (compute capability {version}). Build them with `make cuda` on this "
+            f"machine, or with OCTAVO_CUDA_ARCHS={version}.", "device") from error
+
+
+class Gpu:
+    """The current GPU.
+
+    Attributes:
+        name: what torch calls it.
+
+    Raises:
+        ConfigError: see check_gpu.
+    """
+
+    name = "cuda"
+
+    def __init__(self, config: EngineConfig) -> None:
+        check_gpu(config)
+
+    def memory(self) -> Machine:
+        """Its memory, with what this process and others have taken of it already."""
+        free, total = torch.cuda.mem_get_info()
+        return Machine("cuda", total, free, int(psutil.virtual_memory().total))
+
+    def stream(self) -> Any:
+        """A new stream."""
+        return torch.cuda.Stream()
+
+    def use(self, stream: Any) -> AbstractContextManager[Any]:
+        """Launch on ``stream`` while the context lasts."""
+        return torch.cuda.stream(stream)
+
+    def event(self, *, timing: bool = False) -> Any:
+        """A new event; with ``timing``, one that says when it passed."""
+        return torch.cuda.Event(enable_timing=timing)
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Host memory that the GPU reads and writes by itself."""
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def graphs(self) -> GraphPool:
+        """An empty pool of graphs."""
+        return GraphPool()
+
+    def host_pool(self, shape: Sequence[int], dtype: torch.dtype) -> HostPool:
+        """Host memory for blocks."""
+        return HostPool(shape, dtype)
+
+    def trim(self) -> None:
+        """Give memory that torch holds and nobody uses back to the GPU."""
+        torch.cuda.empty_cache()

@@ -1,0 +1,54 @@
+"""Graphs: which sizes of a step are captured, and the captured steps themselves.
+
+Owns sizes, capture and replay; it does not know what a step computes: it is given functions. Invariant: a replay runs exactly
+what its function did when it was captured, on the same buffers; nothing is captured twice.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+MIXED_TOKENS = 512  # most tokens of a mixed step that is captured
+
+
+def sizes(most: int) -> tuple[int, ...]:
+    """1 to 8, then four sizes an octave up to ``most``: at most 25 % of a padded step is padding."""
+    found = list(range(1, 9))
+    step = 2
+    while found[-1] < most:
+        found += [found[-1] + step * i for i in range(1, 5)]
+        step *= 2
+    return (*(size for size in found if size < most), most)
+
+
+class GraphPool:
+    """Captured functions by key and size; captured and replayed on the current stream, which is always the same one."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[Hashable, int], torch.cuda.CUDAGraph] = {}
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def has(self, key: Hashable, size: int) -> bool:
+        """Whether the function ``key`` is captured at ``size``."""
+        return (key, size) in self._graphs
+
+    def fitting(self, key: Hashable, ladder: Sequence[int], wanted: int) -> int | None:
+        """The smallest captured size of ``ladder`` that holds ``wanted``; None where there is none."""
+        return next((size for size in ladder if size >= wanted and (key, size) in self._graphs), None)
+
+    def capture(self, key: Hashable, size: int, function: Callable[[int], None]) -> None:
+        """Record ``function(size)``; every kernel of it must have run before."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            function(size)
+        finally:
+            graph.capture_end()
+        self._graphs[key, size] = graph
+
+    def replay(self, key: Hashable, size: int) -> None:
+        """Run a captured function on the current stream."""
+        self._graphs[key, size].replay()

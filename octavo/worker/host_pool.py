@@ -1,0 +1,79 @@
+"""Host blocks of a GPU: pageable memory that a background thread pins piece by piece.
+
+Owns the memory and the pinning; it does not know what is swapped. Invariant: nobody copies to or from it before ``wait`` has
+returned, and it stays pinned until it is closed.
+"""
+
+import mmap
+import threading
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from octavo.errors import ConfigError
+from octavo.log import get_logger
+
+PAGE = mmap.PAGESIZE
+PIECE = 64 * 2**20  # bytes pinned at once: the driver's lock is held for as long
+PAUSE = 0.02  # seconds between two pieces
+logger = get_logger(__name__)
+
+
+class HostPool:
+    """Pinned memory of a shape, ready some time after it was made.
+
+    Args:
+        shape, dtype: of the tensor.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.tensor: Tensor = torch.empty(shape, dtype=dtype)
+        self._pinned: list[int] = []
+        self._error = ""
+        self._stop = threading.Event()
+        self._hurry = threading.Event()
+        self._thread = threading.Thread(target=self._pin, name="octavo-pin", daemon=True)
+        if self.tensor.numel():
+            self._thread.start()
+
+    def wait(self) -> Tensor:
+        """The tensor, once all of it is pinned.
+
+        Raises:
+            ConfigError: the system refused to pin so much.
+        """
+        self._hurry.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self._error:
+            size = self.tensor.nbytes
+            raise ConfigError(f"swap_space: {size} bytes of host memory could not be pinned: {self._error}.", "swap_space")
+        return self.tensor
+
+    def close(self) -> None:
+        """Give the pinning back."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        cudart = torch.cuda.cudart()
+        for start in self._pinned:
+            cudart.cudaHostUnregister(start)
+        self._pinned.clear()
+
+    def _pin(self) -> None:
+        cudart = torch.cuda.cudart()
+        base, end = self.tensor.data_ptr(), self.tensor.data_ptr() + self.tensor.nbytes
+        # whole pages are pinned, and none may be pinned twice: pieces meet at borders of pages
+        borders = [base, *range((base // PAGE + 1) * PAGE + PIECE, end, PIECE), end]
+        for start, stop in pairwise(borders):
+            if self._stop.is_set():
+                return
+            error = cudart.cudaHostRegister(start, stop - start, 0)
+            if int(error) != 0:
+                self._error = str(error)
+                logger.warning("Host memory for swapping could not be pinned: %s.", error)
+                return
+            self._pinned.append(start)
+            self._hurry.wait(PAUSE)

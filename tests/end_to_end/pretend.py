@@ -1,0 +1,108 @@
+"""A pretended GPU: CudaRunner's device made of CPU tensors, with the reference functions behind the GPU's operators.
+
+What runs on it is everything but the kernels: staging, rows on the device, graphs (functions that are called again), results
+that arrive later, the sampling of rows that ask for more. Results "arrive" when an event is awaited and not before.
+"""
+
+from contextlib import nullcontext
+
+import torch
+
+from octavo import ops
+from octavo.ops import fused_reference, library, reference
+from octavo.worker.machine import GIB, Machine
+
+NAME = "cpu:0"  # a name of the CPU that is not "cpu": layers and pools take the GPU's paths
+
+
+class PretendEvent:
+    def record(self, stream=None):
+        self.passed = False
+
+    def synchronize(self):
+        self.passed = True
+
+    def query(self):
+        return self.passed
+
+    def elapsed_time(self, other):
+        return 0.5
+
+
+class PretendStream:
+    def synchronize(self):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+
+class PretendGraphs:
+    """Calls the function again where a GPU would replay it."""
+
+    def __init__(self):
+        self.captured = {}
+
+    def has(self, key, size):
+        return (key, size) in self.captured
+
+    def fitting(self, key, ladder, wanted):
+        return next((size for size in ladder if size >= wanted and (key, size) in self.captured), None)
+
+    def capture(self, key, size, function):
+        assert (key, size) not in self.captured
+        self.captured[key, size] = function
+
+    def replay(self, key, size):
+        self.captured[key, size](size)
+
+
+class PretendHostPool:
+    def __init__(self, shape, dtype):
+        self.tensor = torch.empty(shape, dtype=dtype)
+
+    def wait(self):
+        return self.tensor
+
+    def close(self):
+        pass
+
+
+class PretendGpu:
+    name = NAME
+
+    def memory(self):
+        return Machine("cuda", 3 * GIB, 3 * GIB, 8 * GIB)
+
+    def stream(self):
+        return PretendStream()
+
+    def use(self, stream):
+        return nullcontext()
+
+    def event(self, *, timing=False):
+        return PretendEvent()
+
+    def pinned(self, shape, dtype):
+        return torch.zeros(shape, dtype=dtype)
+
+    def graphs(self):
+        return PretendGraphs()
+
+    def host_pool(self, shape, dtype):
+        return PretendHostPool(shape, dtype)
+
+    def trim(self):
+        pass
+
+
+def use_references(monkeypatch):
+    """Put plain torch behind the operators that CPU tensors of a pretended GPU reach, padding included."""
+    for name in library.GPU_NAMES:
+        monkeypatch.setattr(ops, name, getattr(fused_reference, name))
+    for name in ("paged_attention", "sample", "penalties", "token_logprobs", "gated_activation", "rms_norm", "add_rms_norm",
+                 "copy_blocks", "swap_blocks"):
+        monkeypatch.setattr(ops, name, getattr(reference, name))

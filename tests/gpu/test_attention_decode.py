@@ -1,0 +1,315 @@
+"""Decode attention: the values against float64, and the promise that bits depend on nothing but a token's own query and keys.
+
+Cells that no token was written to hold NaN, blocks that nobody owns too, and unused entries of the block tables (those that have left a
+window among them) name no block. Every case is computed with room for partial results, without room, and without a plan: the bits must
+be the same.
+
+Tolerance: scores and softmax are float32; the weights are rounded to the type of the products (half a unit: 2^-8 of bfloat16, 2^-11 of
+float16, whose weights below 2^-14 lose more, but add less), and the output once more: both bound by the sum of weighted |values|.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import pytest
+import torch
+
+import octavo.ops as ops
+from octavo.ops.attention import partial_floats, work_ints
+
+BF16, F16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+NO_BLOCK = -7
+ROUNDING = {BF16: 2.0**-8, F16: 2.0**-11}
+ROOM = 4096  # partial results
+# (new tokens, keys); a context of 0 is padding
+ONES = ((1, 1), (1, 15), (1, 16), (1, 17), (1, 255), (1, 0), (1, 256), (1, 257), (1, 300), (1, 1023), (1, 2100), (1, 63), (1, 0))
+SHORT = ((3, 3), (1, 300), (8, 8), (2, 0), (8, 600), (5, 17), (1, 1), (4, 1030), (7, 263))
+LONG = ((1, 9000), (1, 4100))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step: (new tokens, keys) per sequence, and the model's side of attention."""
+
+    sequences: tuple[tuple[int, int], ...] = ONES
+    heads: tuple[int, int] = (8, 2)
+    head_dim: int = 128
+    act: torch.dtype = BF16
+    kv: torch.dtype | None = None  # act
+    block_size: int = 16
+    window: int = 0
+    softcap: float = 0.0
+    alibi: bool = False
+    size: float = 1.0  # of the queries
+    seed: int = 0
+
+
+@dataclass
+class Step:
+    """The tensors of a Case on the GPU."""
+
+    case: Case
+    q: torch.Tensor = field(init=False)
+    k: torch.Tensor = field(init=False)
+    v: torch.Tensor = field(init=False)
+
+    def __post_init__(self):
+        case = self.case
+        heads, kv_heads = case.heads
+        cpu = torch.Generator().manual_seed(case.seed)
+        random = torch.Generator("cuda").manual_seed(case.seed)
+        self.kv_dtype = case.kv or case.act
+        self.scales = (0.75, 1.5) if self.kv_dtype == E4M3 else (1.0, 1.0)
+        needed = [-(-keys // case.block_size) for _, keys in case.sequences]
+        num_rows, num_blocks = len(needed) + 2, sum(needed) + 2
+        owned = torch.randperm(num_blocks, generator=cpu).to(torch.int32)
+        tables = torch.full((num_rows, max(needed) + 1), NO_BLOCK, dtype=torch.int32)
+        rows = torch.randperm(num_rows, generator=cpu)[: len(needed)].to(torch.int32)
+        low, high = (torch.zeros(num_blocks, dtype=torch.int32) for _ in range(2))  # the cells of a block that hold tokens
+        at = 0
+        for row, (new, keys) in zip(rows.tolist(), case.sequences, strict=True):
+            count = -(-keys // case.block_size)
+            blocks = owned[at : at + count]
+            at += count
+            tables[row, :count] = blocks
+            start = torch.arange(count, dtype=torch.int32) * case.block_size
+            high[blocks.long()] = (keys - start).clamp(max=case.block_size)
+            if case.window:  # what no new token sees any more is poisoned; its blocks have been given back
+                first = max(0, keys - new - case.window + 1)
+                low[blocks.long()] = (first - start).clamp(0, case.block_size)
+                tables[row, : first // case.block_size] = NO_BLOCK
+        cell = torch.arange(case.block_size)
+        empty = ((cell >= high.unsqueeze(1)) | (cell < low.unsqueeze(1))).cuda()[:, :, None, None]
+        shape = (num_blocks, case.block_size, kv_heads, case.head_dim)
+        made = [torch.randn(shape, generator=random, device="cuda").masked_fill_(empty, math.nan) for _ in range(2)]
+        self.k, self.v = ((x / scale).to(self.kv_dtype) for x, scale in zip(made, self.scales, strict=True))
+        self.tables, self.rows = tables.cuda(), rows.cuda()
+        counts = [new for new, _ in case.sequences]
+        self.starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device="cuda")
+        self.contexts = torch.tensor([keys for _, keys in case.sequences], dtype=torch.int32, device="cuda")
+        # Rows of q lie further apart than they are long: a part of the fused projection.
+        wide = torch.randn(sum(counts), heads + 2 * kv_heads, case.head_dim, generator=random, device="cuda") * case.size
+        self.q = wide.to(case.act)[:, :heads]
+        self.slopes = torch.linspace(0.01, 0.4, heads, device="cuda") if case.alibi else None
+        self.max_query = max(counts)
+
+    def run(self, room: int | None = ROOM, max_query: int = 0, only: int | None = None) -> torch.Tensor:
+        """The output on poison; room None: without a plan. only: one sequence of the step, as a step of its own."""
+        case, starts, contexts, rows, q = self.case, self.starts, self.contexts, self.rows, self.q
+        if only is not None:
+            a, b = starts[only : only + 2].tolist()
+            starts, contexts, rows, q = starts[only : only + 2] - a, contexts[only : only + 1], rows[only : only + 1], q[a:b]
+            max_query = max_query or b - a
+        heads, kv_heads = case.heads
+        max_query = max_query or self.max_query
+        out = torch.full((len(q), heads, case.head_dim), math.nan, dtype=case.act, device="cuda")
+        work = partials = None
+        if room is not None:
+            work = torch.full((work_ints(len(rows), len(q)),), -1, dtype=torch.int32, device="cuda")
+            partials = torch.full((partial_floats(room, heads, kv_heads, case.head_dim),), math.nan, device="cuda")
+            ops.attention_plan(work, starts, contexts, heads, kv_heads, case.head_dim, case.window, max_query, room)
+        for _ in range(2 if room else 1):  # twice: the first run leaves the counters as it found them
+            out.fill_(math.nan)
+            ops.paged_attention(out, q, self.k, self.v, self.tables, rows, starts, contexts, case.head_dim**-0.5, case.window, case.softcap,
+                                self.slopes, *self.scales, work, partials, max_query)
+        return out
+
+    def expected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Float64 results, the sums of weighted |values|, and which rows belong to a sequence."""
+        case = self.case
+        heads, kv_heads = case.heads
+        out = torch.zeros(self.q.shape, dtype=torch.float64, device="cuda")
+        bound, used = torch.zeros_like(out), torch.zeros(len(out), dtype=torch.bool, device="cuda")
+        starts = self.starts.tolist()
+        for s, (new, keys) in enumerate(case.sequences):
+            if keys == 0:
+                continue
+            first = max(0, keys - new - case.window + 1) if case.window else 0
+            at = torch.arange(first, keys, device="cuda")
+            blocks = self.tables[self.rows[s].long(), at // case.block_size].long()
+            k, v = (cache[blocks, at % case.block_size].double() * scale
+                    for cache, scale in zip((self.k, self.v), self.scales, strict=True))
+            k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+            span = slice(starts[s], starts[s + 1])
+            scores = torch.einsum("qhd,khd->hqk", self.q[span].double(), k) * case.head_dim**-0.5
+            if case.softcap:
+                scores = case.softcap * torch.tanh(scores / case.softcap)
+            distance = at - torch.arange(keys - new, keys, device="cuda").unsqueeze(1)
+            if self.slopes is not None:
+                scores = scores + self.slopes.double()[:, None, None] * distance
+            hidden = (distance > 0) | ((distance <= -case.window) if case.window else (distance > 0))
+            weights = torch.softmax(scores.masked_fill(hidden, -math.inf), -1)
+            out[span] = torch.einsum("hqk,khd->qhd", weights, v)
+            bound[span] = torch.einsum("hqk,khd->qhd", weights, v.abs())
+            used[span] = True
+        return out, bound, used
+
+
+def check(case: Case) -> None:
+    step = Step(case)
+    out = step.run()
+    exact, bound, used = step.expected()
+    products = F16 if step.kv_dtype == E4M3 else case.act
+    limit = bound * (ROUNDING[products] + 4e-5) + exact.abs() * ROUNDING[case.act] + 1e-6
+    wrong = ~((out.double() - exact).abs() <= limit) & used[:, None, None]
+    places = wrong.nonzero()
+    assert not len(places), f"{case}: {len(places)} of {out.numel()} wrong, first {places[0].tolist()}, last {places[-1].tolist()}: " \
+        f"{out[wrong][:4].tolist()} for {exact[wrong][:4].tolist()}, worst {(out.double() - exact).abs()[wrong].max():.3g}"
+    assert out[~used].isnan().all(), f"{case}: a row of no sequence was written"
+    for room in (0, 40, None):
+        other = step.run(room)
+        assert torch.equal(other[used], out[used]), f"{case}: {int((other[used] != out[used]).sum())} bits differ with room for {room}"
+
+
+@pytest.mark.parametrize("act", (BF16, F16), ids=str)
+@pytest.mark.parametrize("head_dim", (16, 64, 80, 96, 112, 128, 192, 256))
+def test_head_dims(head_dim, act):
+    check(Case(head_dim=head_dim, act=act))
+
+
+@pytest.mark.parametrize("act", (BF16, F16), ids=str)
+@pytest.mark.parametrize("head_dim", (64, 80, 128, 256))
+def test_e4m3_cache(head_dim, act):
+    check(Case(head_dim=head_dim, act=act, kv=E4M3))
+    check(Case(SHORT, head_dim=head_dim, act=act, kv=E4M3, window=200))
+
+
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+@pytest.mark.parametrize("heads", ((1, 1), (3, 3), (16, 1), (7, 1), (14, 2), (9, 3), (12, 1), (40, 40), (48, 1)), ids=str)
+def test_groups(heads, head_dim):
+    check(Case(heads=heads, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+@pytest.mark.parametrize("heads", ((2, 2), (8, 2), (6, 3), (16, 2), (7, 1), (32, 1)), ids=str)
+def test_several_new_tokens(heads, head_dim):
+    check(Case(SHORT, heads=heads, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("block_size", (8, 16, 24, 32, 48, 64, 128, 256))
+def test_block_sizes(block_size):
+    check(Case(block_size=block_size))
+    check(Case(SHORT, block_size=block_size, window=100, head_dim=64))
+
+
+@pytest.mark.parametrize("window", (1, 7, 16, 64, 255, 256, 257, 1000, 5000))
+def test_windows(window):
+    check(Case((*ONES, *LONG), window=window, head_dim=64))
+    check(Case(SHORT, window=window))
+    check(Case(SHORT, window=window, block_size=8, head_dim=64))
+
+
+@pytest.mark.parametrize("more", ({"softcap": 30.0, "size": 20.0}, {"alibi": True}, {"softcap": 50.0, "alibi": True, "window": 333}),
+                         ids=("softcap", "alibi", "all"))
+@pytest.mark.parametrize("sequences", (ONES, SHORT), ids=("ones", "short"))
+def test_features(sequences, more):
+    for head_dim in (64, 128, 256):
+        check(Case(sequences, head_dim=head_dim, **more))
+
+
+def test_large_scores():
+    check(Case(size=30.0))
+    check(Case(size=0.0))
+
+
+@pytest.mark.parametrize("sequences", (LONG, ((1, 32768),), ((1, 131072),), ((1, 20000), (1, 1), (1, 700)) * 2), ids=lambda s: str(len(s)))
+def test_long_contexts(sequences):
+    check(Case(sequences, block_size=32))
+    check(Case(sequences, head_dim=64, heads=(3, 1)))
+
+
+def test_many_sequences():
+    random = torch.Generator().manual_seed(5)
+    for count, longest in ((256, 300), (600, 40), (2048, 20), (77, 1500)):
+        keys = torch.randint(0, longest, (count,), generator=random).tolist()
+        check(Case(tuple((1, n) for n in keys), heads=(4, 2), head_dim=64))
+
+
+def test_a_sequence_alone_gives_the_same_bits():
+    for case in (Case((*ONES, *LONG)), Case(SHORT, heads=(16, 2)), Case(SHORT, head_dim=64, heads=(9, 3), window=300), Case(SHORT, head_dim=256)):
+        step = Step(case)
+        out = step.run()
+        starts = step.starts.tolist()
+        for s, (_, keys) in enumerate(case.sequences):
+            for max_query in (0, 8):
+                alone = step.run(only=s, max_query=max_query)
+                assert not keys or torch.equal(alone, out[starts[s] : starts[s + 1]]), (case, s, max_query)
+
+
+def test_mixed_with_prompts():
+    """Prompts of more than 8 tokens are another kernel's; the short ones get the bits that they get without them."""
+    mixed = ((1, 700), (40, 300), (8, 8), (9, 9), (1, 0), (300, 300), (3, 2000))
+    for more in ({}, {"head_dim": 64}, {"heads": (16, 2)}, {"kv": E4M3}):
+        step = Step(Case(mixed, **more))
+        out = step.run()
+        exact, bound, used = step.expected()
+        assert ((out.double() - exact).abs() <= bound * 2.0**-8 + exact.abs() * 2.0**-8 + 1e-5)[used].all(), more
+        starts = step.starts.tolist()
+        for s in (0, 2, 6):
+            assert torch.equal(step.run(only=s), out[starts[s] : starts[s + 1]]), (more, s)
+
+
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_one_graph_serves_every_length(head_dim):
+    longest = 1500
+    step = Step(Case(((1, longest),) * 9, head_dim=head_dim))
+    case = step.case
+    heads, kv_heads = case.heads
+    out = torch.empty(9, heads, head_dim, dtype=case.act, device="cuda")
+    work = torch.empty(work_ints(9, 9), dtype=torch.int32, device="cuda")
+    partials = torch.empty(partial_floats(ROOM, heads, kv_heads, head_dim), device="cuda")
+
+    def run():
+        ops.attention_plan(work, step.starts, step.contexts, heads, kv_heads, head_dim, 0, 1, ROOM)
+        for _ in range(3):  # layers: each waits for the one before
+            ops.paged_attention(out, step.q, step.k, step.v, step.tables, step.rows, step.starts, step.contexts, head_dim**-0.5, 0, 0.0, None, 1.0,
+                                1.0, work, partials, 1)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for lengths in ([longest] * 9, [1, 2, 300, 0, 1499, 256, 257, 16, 0], [0] * 9, [700] * 9, [17] * 8 + [1500]):
+        step.contexts.copy_(torch.tensor(lengths, dtype=torch.int32))
+        step.case = replace(case, sequences=tuple((1, n) for n in lengths))
+        for _ in range(3):
+            out.fill_(math.nan)
+            graph.replay()
+        torch.cuda.synchronize()
+        for s, n in enumerate(lengths):
+            assert torch.equal(out[s : s + 1], step.run(None, only=s)) if n else out[s].isnan().all(), (lengths, s)
+
+
+def test_contract():
+    step = Step(Case(((1, 20), (1, 30))))
+    heads, kv_heads = step.case.heads
+    out = torch.empty(2, heads, 128, dtype=BF16, device="cuda")
+    good = (out, step.q, step.k, step.v, step.tables, step.rows, step.starts, step.contexts, 0.1, 0, 0.0, None)
+
+    def refused(words, **changed):
+        names = ("out", "q", "k_cache", "v_cache", "block_tables", "rows", "query_start", "context_len", "scale", "window", "softcap",
+                 "alibi_slopes")
+        with pytest.raises(RuntimeError, match=words):
+            ops.paged_attention(*(changed.get(name, value) for name, value in zip(names, good, strict=True)))
+
+    refused("out", out=out.float())
+    refused("out", out=out[:1])
+    refused("v_cache", v_cache=step.v[:, :, :1])
+    refused("rows", rows=step.rows.long())
+    refused("query_start", query_start=step.starts[:2])
+    refused("alibi_slopes", alibi_slopes=torch.zeros(3, device="cuda"))
+    refused("window", window=-1)
+    refused("softcap", softcap=-1.0)
+    refused("scale", scale=0.0)
+    work = torch.zeros(work_ints(2, 2), dtype=torch.int32, device="cuda")
+    with pytest.raises(RuntimeError, match="work needs"):
+        ops.attention_plan(work[:100], step.starts, step.contexts, heads, kv_heads, 128, 0, 1, 0)
+    with pytest.raises(RuntimeError, match="work needs"):
+        ops.paged_attention(*good, 1.0, 1.0, work[:100], None, 1)
+    with pytest.raises(RuntimeError, match="kv_heads"):
+        ops.attention_plan(work, step.starts, step.contexts, 8, 3, 128, 0, 1, 0)
+    with pytest.raises(RuntimeError, match="2048 sequences"):
+        many = torch.zeros(2050, dtype=torch.int32, device="cuda")
+        ops.attention_plan(torch.zeros(work_ints(2049, 1), dtype=torch.int32, device="cuda"), many, many[:2049], heads, kv_heads, 128, 0, 1, 0)
