@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -59,6 +60,13 @@ def copy_bandwidth() -> float:
     return 4 * a.numel() / min(graph_time([call] * 4) for call in (lambda: b.copy_(a), lambda: torch.neg(a, out=b)))
 
 
+@lru_cache
+def copy_time(size: int) -> float:
+    """Seconds in which torch copies so much that `size` bytes are read and written: small copies are slower than large ones."""
+    pairs = [(new(size // 4), new(size // 4)) for _ in range(max(4, min(64, (256 << 20) // size)))]
+    return graph_time([lambda a=a, b=b: torch.neg(a, out=b) for a, b in pairs])
+
+
 def norm_case(name: str, rows: int, hidden: int) -> Case:
     x, weight, stream = new(rows, hidden), new(hidden, dtype=torch.float32), new(rows, hidden, dtype=torch.float32)
     eight = name.endswith("fp8")
@@ -86,7 +94,7 @@ def head_case(rows: int, heads: tuple[int, int, int], normed: bool, kv: torch.dt
     slots, table = torch.randperm(rows, device="cuda"), new(8192, dim, dtype=torch.float32)
     positions = torch.arange(rows, device="cuda")
     weights = [new(dim, dtype=torch.float32) if normed else None] * 2
-    size = rows * dim * (4 * q_heads + 2 * kv_heads * (2 + caches[0].element_size()))
+    size = rows * dim * (4 * q_heads + 2 * kv_heads * (2 + caches[0].element_size()) + 4)  # with a row of the table
     scale = 1.0 if kv == BF16 else 0.05
     return lambda: ops.rotate_and_cache(
         q, k, v, *caches, slots, positions, table, False, *weights, 1e-6, 0.0, scale, scale
@@ -170,15 +178,17 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     figures: dict[str, dict[str, object]] = {"copy": {"value": round(bandwidth * 1e-12, 3), "unit": "TB/s"}}
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth * 1e-12:.2f} TB/s")
-    print(f"{'':34}" + "".join(f"{f'us at {n}':>11}" for n in (*FEW, MANY)) + f"{'TB/s':>8}{'share':>7}")
+    print(f"{'':34}" + "".join(f"{f'us at {n}':>11}" for n in (*FEW, MANY)) + f"{'TB/s':>8}{'share':>7}{'copy us':>9}")
     for model in MODELS:
         for name, make in cases_of(model).items():
             times = [rotated(make, n) for n in (*FEW, MANY)]
-            rate = make(MANY)[1] / times[-1]
+            size = make(MANY)[1]
+            rate, like = size / times[-1], copy_time(size)
             row = "".join(f"{t * 1e6:11.2f}" for t in times)
-            print(f"{model:5}{name:29}{row}{rate * 1e-12:8.2f}{rate / bandwidth:7.0%}", flush=True)
+            print(f"{model:5}{name:29}{row}{rate * 1e-12:8.2f}{rate / bandwidth:7.0%}{like * 1e6:9.2f}", flush=True)
             figures[f"{name}, {model}, {MANY} rows"] = {
-                "value": round(rate * 1e-12, 3), "unit": "TB/s", "ceiling": round(bandwidth * 1e-12, 3)
+                "value": round(rate * 1e-12, 3), "unit": "TB/s", "ceiling": round(bandwidth * 1e-12, 3),
+                "peer": round(size / like * 1e-12, 3),
             }
             figures[f"{name}, {model}, 1 row"] = {"value": round(times[0] * 1e6, 2), "unit": "us"}
             torch.cuda.empty_cache()

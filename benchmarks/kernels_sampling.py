@@ -43,7 +43,7 @@ def microseconds(calls: list[Callable[[], None]]) -> float:
             for call in calls:
                 call()
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(7):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -13,6 +13,7 @@ import statistics
 import torch
 
 import octavo.ops as ops
+from octavo.ops.attention import work_ints
 
 CEILING = 700.0  # TFLOP/s that a large bf16 product reaches on an H100
 # name: prompts, tokens of each, cached tokens before them, peer in TFLOP/s
@@ -63,7 +64,7 @@ def measure(
     rows = torch.arange(prompts, dtype=torch.int32, device="cuda")
     query_start = torch.arange(prompts + 1, dtype=torch.int32, device="cuda") * tokens
     context_len = torch.full((prompts,), context, dtype=torch.int32, device="cuda")
-    work = torch.zeros(20000 + 16 * total, dtype=torch.int32, device="cuda")
+    work = torch.zeros(work_ints(prompts, total), dtype=torch.int32, device="cuda")
     partials = torch.empty(1 << 20, device="cuda")
     ops.attention_plan(work, query_start, context_len, heads, kv_heads, head_dim, window, tokens, len(partials) // (head_dim + 2))
 

@@ -38,7 +38,7 @@ namespace octavo {
 int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 void run_ranges(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
 }
 
 namespace {

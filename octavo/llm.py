@@ -36,9 +36,10 @@ class LLMEngine:
 
     Args:
         config: validated options. Loading happens here; ModelError or ConfigError says what does not fit.
+        patient: see Engine; a GPU then computes prompts in as few steps as it can (LLM does so).
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, patient: bool = False) -> None:
         if not config.disable_log_stats and not logger.hasHandlers():
             log.setup()  # the statistics line was asked for, and the program has set up no logging of its own
         check_supported(config)  # before anything is fetched
@@ -47,7 +48,7 @@ class LLMEngine:
         self.tokenizer: Tokenizer | None = None if config.skip_tokenizer_init else load_tokenizer(self.source, config)
         self.intake = Intake(self.source, config, self.tokenizer)
         self.group = make_group(config, self.source)
-        self.engine = Engine(config, self.group, seed=config.seed)
+        self.engine = Engine(config, self.group, seed=config.seed, patient=patient and self.group.info.device == "cuda")
         self.collector = Collector()
         info = self.group.info
         self._longest = min(info.max_model_len, info.num_blocks * info.block_size)
@@ -169,7 +170,7 @@ class LLM:
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         kwargs.setdefault("disable_log_stats", True)
-        self.llm_engine = LLMEngine(EngineConfig.from_kwargs(model=model, **kwargs))
+        self.llm_engine = LLMEngine(EngineConfig.from_kwargs(model=model, **kwargs), patient=True)
         self._ids = itertools.count()
         self._lock = threading.Lock()  # one batch at a time: a second thread's call waits for the first
 

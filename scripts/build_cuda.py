@@ -19,8 +19,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from cuda_report import Kernel, losses, read_ptxas, spilling, table
@@ -65,6 +66,14 @@ def closure(source: Path, root: Path) -> list[Path]:
             if path is not None and path not in found:
                 waiting.append(path)
     return sorted(found)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One build at a time in a cache: they share the staged sources."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def digest(source: Path, root: Path, *conditions: str) -> str:
@@ -139,7 +148,7 @@ class Build:
             more = ["--threads", str(threads)]
         else:
             more = ["-isystem", str(self.torch / "include"), "-Xcompiler", f"-ffile-prefix-map={self.torch}/=torch/"]
-        command = [self.toolkit.nvcc, "-ccbin", self.compiler, *self.flags(name), *more, "-c", name, "-o", part]
+        command: list[str | Path] = [self.toolkit.nvcc, "-ccbin", self.compiler, *self.flags(name), *more, "-c", name, "-o", part]
         done = subprocess.run(command, cwd=self.source, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             part.unlink(missing_ok=True)
@@ -169,7 +178,7 @@ class Build:
 
     def prune(self) -> None:
         """Throw out objects that no build has used for a month."""
-        for path in self.objects.glob("*.o"):
+        for path in (*self.objects.glob("*.o"), *self.objects.glob("*.sm70")):
             if path.stat().st_mtime < time.time() - KEEP:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".log").unlink(missing_ok=True)
@@ -209,8 +218,7 @@ def run(options: argparse.Namespace) -> None:
         return
     folder = options.objects.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # builds share the staged sources
+    with locked(folder):
         build = Build(toolkit, archs, folder, max(1, options.jobs))
         objects = build.compile_all()
         if options.report:

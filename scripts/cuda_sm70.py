@@ -19,7 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from build_cuda import OBJECTS, ROOT, digest, noiseless, stage
+from build_cuda import OBJECTS, ROOT, digest, locked, noiseless, stage
 from cuda_toolkit import Refusal, Toolkit, find_nvcc, probe
 
 PACKAGE = "nvidia-cuda-nvcc-cu12==12.9.86"
@@ -48,10 +48,14 @@ def refuses(toolkit: Toolkit, ptxas: Path, name: Path, source: Path) -> str:
     """Compile one file as for 7.0; the compiler's words where that fails, else nothing. What has passed is remembered."""
     passed = source.parent / f"{name.stem}-{digest(name, source, toolkit.version, PACKAGE, PRETEND, *FLAGS)}.sm70"
     if passed.is_file():
+        os.utime(passed)
         return ""
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
-        for command in ([toolkit.nvcc, *FLAGS, "-ptx", name, "-o", ptx], [ptxas, "-arch=sm_70", ptx, "-o", f"{ptx}.cubin"]):
+        commands: list[list[str | Path]] = [
+            [toolkit.nvcc, *FLAGS, "-ptx", name, "-o", ptx], [ptxas, "-arch=sm_70", ptx, "-o", f"{ptx}.cubin"],
+        ]
+        for command in commands:
             done = subprocess.run(command, cwd=source, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode:
                 return f"--- {name}\n{noiseless(done.stdout)}"
@@ -79,9 +83,9 @@ def main() -> int:
         return 1
     source = folder / "source-sm70"
     source.mkdir(parents=True, exist_ok=True)
-    (source / "pretend.h").write_text(PRETEND, encoding="utf-8")
-    wanted = [name for name in stage(ROOT, source) if name.suffix == ".cu"]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with locked(folder), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        (source / "pretend.h").write_text(PRETEND, encoding="utf-8")
+        wanted = [name for name in stage(ROOT, source) if name.suffix == ".cu"]
         words = [w for w in pool.map(lambda name: refuses(toolkit, ptxas, name, source), wanted) if w]
     for word in words:
         print(word, file=sys.stderr)

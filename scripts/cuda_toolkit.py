@@ -41,11 +41,11 @@ def find_nvcc(environ: Mapping[str, str]) -> Path:
             nvcc = Path(environ[variable]) / "bin" / "nvcc"
             if not nvcc.is_file():
                 raise Refusal(f"{variable} is {environ[variable]}, but there is no {nvcc}.")
-            return nvcc
+            return nvcc.absolute()
     found = shutil.which("nvcc", path=environ.get("PATH", "")) or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if not found:
         raise Refusal("no CUDA toolkit was found (nvcc is neither on PATH nor in CUDA_HOME or /usr/local/cuda).")
-    return Path(found)
+    return Path(found).absolute()  # the compiler runs in another folder
 
 
 def probe(nvcc: Path) -> Toolkit:

@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "gpu-check"
 EXTENSIONS = (ROOT / "octavo" / "ops" / "_C.so", ROOT / "octavo" / "ops" / "_cuda.so")
-PARTS = ("build", "tests", "sanitizer", "kernels", "engine")
+PARTS = ("build", "tests", "kernels", "engine", "sanitizer")
 LIMIT = 530  # seconds for everything
 SHOWN = 40  # lines of a failed step's output
 REFERENCES = ("floor", "ceiling", "peer")
@@ -51,9 +51,9 @@ def steps(parts: Sequence[str], full: bool = False, root: Path = ROOT, python: s
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     # Without torch's cache of memory every tensor is an allocation of its own, so that memcheck sees where it ends; a graph
     # cannot be captured then. Only our kernels are instrumented.
-    plain = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": f"{root}:{root / 'scripts'}"}
+    plain = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     few = (*pytest, "-p", "first_of_each", "-k", "not graph and not capture", "-o", "timeout=0")
-    sanitizer = ("compute-sanitizer", "--error-exitcode=1", "--kernel-regex=kns=octavo", "--print-limit=5")
+    sanitizer = ("compute-sanitizer", "--error-exitcode=1", "--print-limit=5", "--kernel-name", "kns=octavo")
     paths = sorted((root / "tests" / "gpu").glob("test_*.py"))
     files = {f"tests/gpu/{path.name}": path.read_text(encoding="utf-8") for path in paths}
     kernels = [file for file, text in files.items() if ENGINE not in text]
@@ -64,15 +64,15 @@ def steps(parts: Sequence[str], full: bool = False, root: Path = ROOT, python: s
         Step("build", "CUDA kernels", 240, (python, "scripts/build_cuda.py")),
         *(Step("tests", Path(file).stem, 120, (*pytest, file), beside=True) for file in kernels),
         *([Step("tests", "engine", 150, (*pytest, *engine))] if engine else []),
-        *(
-            Step("sanitizer", f"{tool} {Path(file).stem}", 110, (*sanitizer, f"--tool={tool}", *few, file), plain, beside=True)
-            for tool in ("memcheck", "racecheck") for file in kernels
-        ),
         *(Step("kernels", Path(file).stem, 60, (python, file), figures=True) for file in benchmarks),
     ]
     if (root / "benchmarks" / "engine_gpu.py").is_file():
-        command = (python, "benchmarks/engine_gpu.py", *(() if full else ("--quick",)))
+        command = (python, "benchmarks/engine_gpu.py", *(("--budget", "75", "--iterations", "2", "--startup") if full else ("--quick",)))
         every.append(Step("engine", "engine_gpu", 300, command, figures=True))
+    every += [
+        Step("sanitizer", f"{tool} {Path(file).stem}", 110, (*sanitizer, f"--tool={tool}", *few, file), plain, beside=True)
+        for tool in ("memcheck", "racecheck") for file in kernels
+    ]
     return [step for step in every if step.part in parts]
 
 
@@ -99,18 +99,25 @@ class Check:
     def run(self, group: Sequence[Step]) -> None:
         """Run these side by side."""
         started = time.monotonic()
+        if started > self.deadline - 1:
+            self.failed += [f"{step.part}/{step.name}" for step in group]
+            print(f"[    - s] {group[0].part}: no time left for {', '.join(step.name for step in group)}", flush=True)
+            return
         running = [(step, self.start(step)) for step in group]
         for step, process in running:
             limit = min(started + step.limit, self.deadline)
-            try:
-                code: int | None = process.wait(max(1.0, limit - time.monotonic())) if process else 127
-            except subprocess.TimeoutExpired:
-                code = None
-                stop(process)
+            code: int | None = 127
+            if process is not None:
+                try:
+                    code = process.wait(max(1.0, limit - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    code = None
+                    stop(process)
             self.finish(step, code, time.monotonic() - started)
 
     def start(self, step: Step) -> subprocess.Popen[bytes] | None:
-        environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **step.environ}
+        path = os.pathsep.join([str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environ = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.environ}
         with log(step).open("wb") as out:
             try:
                 return subprocess.Popen(
@@ -135,10 +142,11 @@ class Check:
                 why = "its last line is no JSON object of figures"
         if why:
             self.failed.append(f"{step.part}/{step.name}")
-            print("\n".join(f"    {line[:220]}" for line in lines[-SHOWN:]))
-        elif step.part in ("build", "tests") and lines:
-            print(f"    {lines[-1]}")
-        print(f"[{seconds:5.0f} s] {step.part}: {step.name}: {why or 'ok'}", flush=True)
+            found = [line for line in lines if line.startswith("=========")] if step.part == "sanitizer" else []
+            print("\n".join(f"    {line[:220]}" for line in [*found[: SHOWN // 2], *lines[-SHOWN // 2 :]]))
+        words = [line for line in lines if not line.startswith("=========")]
+        last = f" ({words[-1][:100]})" if words and not why and not step.figures else ""
+        print(f"[{seconds:5.0f} s] {step.part}: {step.name}: {why or 'ok'}{last}", flush=True)
 
 
 def log(step: Step) -> Path:

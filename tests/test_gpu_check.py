@@ -41,9 +41,10 @@ def test_a_failure_hides_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_step_outlives_the_whole() -> None:
-    check = Check(1)
+    check = Check(2)
     check.run([step("first", "import time; time.sleep(60)"), step("second", "import time; time.sleep(60)")])
-    assert check.failed == ["kernels/first", "kernels/second"]
+    check.run([step("third", GOOD)])
+    assert check.failed == ["kernels/first", "kernels/second", "kernels/third"] and not check.figures
 
 
 def test_parts_and_their_order(tmp_path: Path) -> None:
@@ -55,8 +56,8 @@ def test_parts_and_their_order(tmp_path: Path) -> None:
     groups = gpu_check.grouped(gpu_check.steps(gpu_check.PARTS, root=tmp_path))
     assert [[step.name for step in group] for group in groups] == [
         ["C++ kernels"], ["CUDA kernels"], ["test_gemm", "test_norm"], ["engine"],
-        ["memcheck test_gemm", "memcheck test_norm", "racecheck test_gemm", "racecheck test_norm"],
         ["kernels_attention"], ["kernels_norm"], ["engine_gpu"],
+        ["memcheck test_gemm", "memcheck test_norm", "racecheck test_gemm", "racecheck test_norm"],
     ]
     assert [step.name for step in gpu_check.steps(["engine"], root=tmp_path)] == ["engine_gpu"]
     assert "--quick" in gpu_check.steps(["engine"], root=tmp_path)[0].command
@@ -86,7 +87,7 @@ def test_unknown_parts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown part test" in capsys.readouterr().err
 
 
-def test_one_of_each_test_function(tmp_path: Path) -> None:
+def test_one_of_each_test_function() -> None:
     import first_of_each
 
     class Item:
@@ -103,6 +104,17 @@ def test_one_of_each_test_function(tmp_path: Path) -> None:
         def pytest_deselected(self, items: list[Item]) -> None:
             self.dropped = tuple(item.nodeid for item in items)
 
-    items, config = [Item(name) for name in ("f.py::a[1]", "f.py::a[2-[]]", "f.py::b", "g.py::a[1]")], Config()
+    names = ("f.py::a[1]", "f.py::a[2-[]]", "f.py::b", "g.py::a[model]", "g.py::a[odd]", "g.py::a[small]")
+    items, config = [Item(name) for name in names], Config()
     first_of_each.pytest_collection_modifyitems(config, items)
-    assert [item.nodeid for item in items] == ["f.py::a[1]", "f.py::b", "g.py::a[1]"] and config.dropped == ("f.py::a[2-[]]",)
+    assert [item.nodeid for item in items] == ["f.py::a[1]", "f.py::b", "g.py::a[odd]"]
+    assert config.dropped == ("f.py::a[2-[]]", "g.py::a[model]", "g.py::a[small]")
+
+
+def test_nothing_begins_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    import first_of_each
+
+    first_of_each.pytest_runtest_setup(None)
+    monkeypatch.setattr(first_of_each, "SECONDS", -1)
+    with pytest.raises(pytest.skip.Exception):
+        first_of_each.pytest_runtest_setup(None)

@@ -9,16 +9,12 @@
 namespace octavo::cuda {
 namespace {
 
-constexpr int max_threads = 512;  // of a row with a scale
-constexpr int held = 4;           // chunks of eight elements that such a thread keeps in registers
-constexpr float e4m3_max = 448.0f;
-
 enum class Kind { silu, gelu, gelu_tanh, relu };
 
 struct Params {
-  void* out;                    // [T, d]
-  float* scale;                 // [T], for e4m3
-  const void* x;                // [T, d] or [T, 2 d]
+  void* out;                     // [T, d]
+  float* scale;                  // [T], for e4m3
+  const void* x;                 // [T, d] or [T, 2 d]
   int64_t out_stride, x_stride;  // elements
   int64_t rows;
   uint32_t chunks;       // of eight elements, in all rows
@@ -34,10 +30,17 @@ __device__ __forceinline__ float exponential(float x) {
   return fine ? expf(x) : __expf(x);
 }
 
-// x / (1 + e^-u). The quotient's denominator may be infinite; the fast division is then 0, as it should be.
+// 1 / x within a unit in the last place; 0 for an infinite x.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// x / (1 + e^-u)
 template <bool fine>
 __device__ __forceinline__ float sigmoid_times(float x, float u) {
-  return __fdividef(x, 1.0f + exponential<fine>(-u));
+  return x * reciprocal(1.0f + exponential<fine>(-u));
 }
 
 template <bool fine>
@@ -49,7 +52,7 @@ __device__ __forceinline__ float gelu_tanh(float x) {  // 0.5 (1 + tanh(u)) = si
 // size, at a third of the instructions of erfcf.
 template <bool fine>
 __device__ __forceinline__ float gelu(float x) {
-  const float z = fabsf(x) * 0.707106781186547524f, t = __fdividef(1.0f, fmaf(z, 0.4f, 1.0f));
+  const float z = fabsf(x) * 0.707106781186547524f, t = reciprocal(fmaf(z, 0.4f, 1.0f));
   float p = 0.0502621308f;
   p = fmaf(p, t, -0.182901487f);
   p = fmaf(p, t, 0.169085458f);
@@ -120,10 +123,17 @@ __global__ void __launch_bounds__(128) act_kernel(const Params p) {
   }
 }
 
-// A thread block takes a row: its maximum has to be known before anything is stored.
-template <class T, bool gated, bool vec>
-__global__ void __launch_bounds__(max_threads, vec && sizeof(T) == 2 ? 2 : 1) act_fp8_kernel(const Params p) {
-  __shared__ float of_warp[max_threads / 32];
+// Rows that share a multiprocessor at least: the next one's loads hide what one waits for. Elsewhere the registers would not do.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int rows_at_once = 2;
+#else
+constexpr int rows_at_once = 1;
+#endif
+
+// A thread block takes a row: its maximum has to be known before anything is stored. A thread keeps `held` chunks in registers.
+template <class T, bool gated, int held, bool vec>
+__global__ void __launch_bounds__(held == 2 ? 1024 : 512, held == 4 && vec && sizeof(T) == 2 ? rows_at_once : 1) act_fp8_kernel(const Params p) {
+  __shared__ float of_warp[32];
   dependents_start();
   dependency_wait();
   const int64_t row = blockIdx.x;
@@ -156,6 +166,7 @@ __global__ void __launch_bounds__(max_threads, vec && sizeof(T) == 2 ? 2 : 1) ac
     }
   }
   const auto beyond = [&](const auto& f) {  // chunks that the registers do not hold are worked out twice
+#pragma unroll 1
     for (int chunk = first + held * threads; chunk < chunks; chunk += threads) {
       float more[8];
       [[maybe_unused]] float up[8];
@@ -179,10 +190,10 @@ __global__ void __launch_bounds__(max_threads, vec && sizeof(T) == 2 ? 2 : 1) ac
 
   const float scale = most > 0.0f ? __fdiv_rn(most, e4m3_max) : 1.0f;
   if (threadIdx.x == 0) p.scale[row] = scale;
-  const Quotient scaled(scale);
+  const float to_e4m3 = e4m3_factor(most);
   const auto store = [&](int chunk, float* v) {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) v[e] = scaled(v[e]);
+    for (int e = 0; e < 8; ++e) v[e] *= to_e4m3;
     store_some<vec>(out + chunk * 8, v, p.width - chunk * 8);
   };
 #pragma unroll
@@ -195,9 +206,9 @@ struct LookupParams {
   const int64_t* ids;  // [T]
   const void* table;   // [n, K]
   int64_t out_stride, table_stride, table_rows;
-  uint32_t quads;      // of four elements, in all rows
+  uint32_t quads;       // of four elements, in all rows
   Divider quads_a_row;  // by ceil(K / 4)
-  int width;           // K
+  int width;            // K
   bool vec;
 };
 
@@ -259,7 +270,8 @@ Params check_activation(const char* op, const Tensor& out, const Tensor* scale, 
   if (scale) c.tensor("scale", *scale, "T", f32);
   const int64_t width = c['D'], count = c['T'];
   if (gated)
-    c.require(c['E'] == 2 * width, "x must have twice the %lld columns of out, got %lld", static_cast<long long>(width), static_cast<long long>(c['E']));
+    c.require(c['E'] == 2 * width, "x must have twice the %lld columns of out, got %lld", static_cast<long long>(width),
+              static_cast<long long>(c['E']));
   const int64_t chunks = (width + 7) / 8;
   c.require(width < index_limit / 4 && count * chunks < index_limit, "%lld rows of %lld elements are more than one call takes",
             static_cast<long long>(count), static_cast<long long>(width));
@@ -297,12 +309,15 @@ template <bool gated>
 void run_fp8(const char* op, const Tensor& out, const Tensor& scale, const Tensor& x, std::string_view kind) {
   const Params p = check_activation(op, out, &scale, x, kind, gated);
   if (p.rows == 0) return;
-  const int wanted = (static_cast<int>(p.chunks_a_row.by) + held - 1) / held;
-  const int threads = wanted >= max_threads ? max_threads : (wanted + 31) / 32 * 32;
+  const int chunks = static_cast<int>(p.chunks_a_row.by);
+  // Many threads for a row while there are few rows: the functions, not the memory, take the time then.
+  const bool few = p.vec && p.rows <= 2 * device().num_sms;
+  const int held = few ? 2 : 4, limit = few ? 1024 : 512, wanted = ((chunks + held - 1) / held + 31) / 32 * 32;
+  const dim3 grid(static_cast<unsigned>(p.rows)), block(static_cast<unsigned>(wanted < limit ? wanted > 0 ? wanted : 32 : limit));
   with_act(x.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const auto kernel = p.vec ? act_fp8_kernel<T, gated, true> : act_fp8_kernel<T, gated, false>;
-    launch(op, kernel, dim3(static_cast<unsigned>(p.rows)), dim3(threads), 0, current_stream(), p);
+    const auto kernel = few ? act_fp8_kernel<T, gated, 2, true> : p.vec ? act_fp8_kernel<T, gated, 4, true> : act_fp8_kernel<T, gated, 4, false>;
+    launch(op, kernel, grid, block, 0, current_stream(), p);
   });
 }
 

@@ -2,8 +2,8 @@
 // what attention computes.
 //
 // The items (row tiles of sequences, one after the other) are one line of partitions, each with a cost; the line is cut into ranges of
-// equal cost at borders of partitions, and thread block (kv head, j) walks range j. So thread blocks of different heads read the same
-// blocks of the cache at the same time, a cut falls inside at most one item per range, and only such items need partial results.
+// about equal cost at borders of partitions. Thread blocks claim (range, KV head) pairs one by one, since SMs differ in how fast memory
+// serves them. Only an item with a cut inside needs partial results, so short items are not cut.
 // Invariant: the plan decides who computes a partition and never how.
 #include "attention_decode.cuh"
 
@@ -16,6 +16,7 @@ namespace {
 constexpr int plan_threads = 1024, plan_warps = plan_threads / 32;
 constexpr int partition_cost = 16;  // of merging a partition, in tokens
 constexpr int full_cost = partition + partition_cost;
+constexpr int ranges_each = 8;  // about so many are claimed by a thread block where there is enough work
 
 struct Cut {
   int place, tile, partition;  // the range that begins here begins with this partition
@@ -26,7 +27,7 @@ struct Lengths {  // of a sequence in the plan
   int64_t cost;  // of one row tile
 
   __device__ Lengths(const Sequence& s, int group, int tile_rows, int window) {
-    low = first_visible(s.context, s.queries, window) / tile_tokens * tile_tokens;
+    low = first_visible(s.context, s.queries, window) / granule * granule;
     start = low / partition;
     end = (s.context + partition - 1) / partition;
     tiles = (group * s.queries + tile_rows - 1) / tile_rows;
@@ -59,13 +60,13 @@ __device__ T scan(T value, T* sums, T& total) {
 static_assert(plan_warps == 32, "a warp scans the sums of all warps");
 
 __global__ void __launch_bounds__(plan_threads)
-    plan_kernel(int* work, const int* query_start, const int* context_len, int num_seqs, int group, int tile_rows, int window, int ranges,
-                int kv_heads, int64_t slots) {
+    plan_kernel(int* work, const int* query_start, const int* context_len, int num_seqs, int group, int tile_rows, int window, int kv_heads,
+                int blocks, int64_t slots) {
   extern __shared__ __align__(16) unsigned char shared[];
   Sequence* const active = reinterpret_cast<Sequence*>(shared);                          // [num_seqs]
   int64_t* const cost_before = reinterpret_cast<int64_t*>(active + num_seqs);            // [num_seqs]
-  Cut* const cuts = reinterpret_cast<Cut*>(cost_before + num_seqs);                      // [ranges + 1]
-  int* const first_slot = reinterpret_cast<int*>(cuts + ranges + 1);                     // [ranges]; below 0: the item is not split
+  Cut* const cuts = reinterpret_cast<Cut*>(cost_before + num_seqs);                      // [max_ranges + 1]
+  int* const first_slot = reinterpret_cast<int*>(cuts + max_ranges + 1);                 // [max_ranges]; below 0: the item is not split
   __shared__ unsigned long long long_sums[plan_warps];
   __shared__ int sums[plan_warps];
   const int thread = threadIdx.x;
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(plan_threads)
     const Lengths n(mine[e], group, tile_rows, window);
     value[e] = static_cast<unsigned long long>(n.tiles * n.cost) << 12 | 1;
   }
-  for (int i = thread; i < kv_heads * ranges && i < max_ranges; i += plan_threads) work[counters_at + i] = 0;
+  for (int i = thread; i < max_counters / 4; i += plan_threads) reinterpret_cast<int4*>(work + counters_at)[i] = make_int4(0, 0, 0, 0);
   unsigned long long total;
   unsigned long long before = scan(value[0] + value[1], long_sums, total);
   Sequence* const active_out = reinterpret_cast<Sequence*>(work + active_at);
@@ -101,8 +102,19 @@ __global__ void __launch_bounds__(plan_threads)
   }
   __syncthreads();
   const int count = static_cast<int>(total & 0xfff);
-  const int64_t cost = static_cast<int64_t>(total >> 12), needed = (cost + full_cost - 1) / full_cost;
-  const int used = needed < ranges ? static_cast<int>(needed) : ranges;  // ranges with work, the first ones
+  const int64_t cost = static_cast<int64_t>(total >> 12);
+  // How many partitions a range has. A whole item, if every thread block gets about two or more, else a quarter of its share: the fewer
+  // cuts within items, the fewer partial results. With little work, one range for every thread block.
+  const float partitions = static_cast<float>(cost) / full_cost;
+  const int at_once = max(1, blocks / kv_heads), most = max(1, min(max_ranges, max_counters / kv_heads));
+  const float share = partitions / at_once, average = partitions / max(1, count);
+  const float size = share < 2.5f ? fmaxf(1.0f, share) : average * 1.9f < share ? fmaxf(average, share / ranges_each) : share / 4;
+  const int used = static_cast<int>(fminf(ceilf(partitions / size - 0.01f), static_cast<float>(most)));
+  const int64_t range_cost = used ? cost / used : 0;
+  if (thread == 0) {
+    work[used_at] = used;
+    work[claims_at] = 0;
+  }
 
   // Cut j: the first partition whose cost before it is at least j / used of all.
   const auto lengths = [&](int place) { return Lengths(active[place], group, tile_rows, window); };
@@ -123,7 +135,7 @@ __global__ void __launch_bounds__(plan_threads)
       if (within > 0) {
         const int64_t next = (within + n.low + static_cast<int64_t>(partition_cost) * n.start + full_cost - 1) / full_cost;
         cut.partition = next > n.start ? static_cast<int>(next) : n.start + 1;
-        if (cut.partition >= n.end) {
+        if (cut.partition >= n.end || n.cost <= range_cost * 2) {  // past the item, or it is too short to be cut
           if (++cut.tile == n.tiles) ++cut.place, cut.tile = 0;
           cut.partition = cut.place < count ? lengths(cut.place).start : 0;
         }
@@ -157,11 +169,10 @@ __global__ void __launch_bounds__(plan_threads)
   }
   __syncthreads();
 
-  for (int j = thread; j < ranges; j += plan_threads) {
-    int4* const out = reinterpret_cast<int4*>(work + j * range_ints);
-    Cut cut = {}, next = {};
-    if (j < used) cut = cuts[j], next = cuts[j + 1];
-    if (j >= used || (cut.place == next.place && cut.tile == next.tile && cut.partition == next.partition)) {
+  for (int j = thread; j < used; j += plan_threads) {
+    int4* const out = reinterpret_cast<int4*>(work + ranges_at + j * range_ints);
+    const Cut cut = cuts[j], next = cuts[j + 1];
+    if (cut.place == next.place && cut.tile == next.tile && cut.partition == next.partition) {
       out[0] = make_int4(-1, 0, 0, 0);
       continue;
     }
@@ -169,28 +180,22 @@ __global__ void __launch_bounds__(plan_threads)
     r.first = cut.place, r.first_tile = cut.tile, r.first_partition = cut.partition;
     if (inside(next)) {
       r.last = next.place, r.last_tile = next.tile, r.last_end = next.partition;
+      r.last_slot = max(first_slot[j], 0);
     } else {
       r.last = next.tile > 0 ? next.place : next.place - 1;
       r.last_tile = next.tile > 0 ? next.tile - 1 : lengths(r.last).tiles - 1;
       r.last_end = lengths(r.last).end;
     }
-    const bool one = r.first == r.last && r.first_tile == r.last_tile;
-    r.last_first = inside(next) && !one;
     if (inside(cut)) {
       r.first_owner = owner(cut);
       r.first_slot = first_slot[r.first_owner];
       r.first_cut = cuts[r.first_owner + 1].partition;
     }
-    if (inside(next)) r.last_slot = first_slot[j] < 0 ? 0 : first_slot[j];
-    const Sequence s = active[r.last_first ? r.last : r.first];
-    int second = r.first;
-    if (!r.last_first && r.first_tile + 1 == lengths(r.first).tiles && r.first + 1 < count) ++second;
-    const Sequence s2 = active[second];
+    const Sequence s = active[r.first];
     out[0] = make_int4(r.first, r.first_tile, r.first_partition, r.last);
-    out[1] = make_int4(r.last_tile, r.last_end, r.last_first, r.first_slot);
-    out[2] = make_int4(r.first_cut, r.first_owner, r.last_slot, 0);
+    out[1] = make_int4(r.last_tile, r.last_end, r.first_slot, r.first_cut);
+    out[2] = make_int4(r.first_owner, r.last_slot, 0, 0);
     out[3] = make_int4(s.index, s.query_start, s.queries, s.context);
-    out[4] = make_int4(s2.index, s2.query_start, s2.queries, s2.context);
   }
 }
 
@@ -208,19 +213,19 @@ void plan_decode(const PlanParams& p, cudaStream_t stream) {
   if (p.work_size < decode_work_ints(p.num_seqs))
     throw std::runtime_error("attention_plan: work needs " + std::to_string(decode_work_ints(p.num_seqs)) + " ints, not " + std::to_string(p.work_size));
   const int group = p.heads / p.kv_heads, queries = p.max_query < decode_queries ? p.max_query : decode_queries;
-  const int tile_rows = 8 * decode_row_groups(group * queries, decode_dim(p.head_dim)), ranges = decode_ranges(p.kv_heads, p.head_dim);
-  const size_t shared = size_t(p.num_seqs) * (sizeof(Sequence) + 8) + (ranges + 1) * sizeof(Cut) + ranges * 4;
+  const int tile_rows = 8 * decode_row_groups(group * queries, decode_dim(p.head_dim));
+  const size_t shared = size_t(p.num_seqs) * (sizeof(Sequence) + 8) + (max_ranges + 1) * sizeof(Cut) + max_ranges * 4;
   launch("attention_plan", plan_kernel, dim3(1), dim3(plan_threads), shared, stream, p.work, p.query_start, p.context_len, p.num_seqs, group,
-         tile_rows, p.window, ranges, p.kv_heads, p.max_partials / p.kv_heads);
+         tile_rows, p.window, p.kv_heads, device().num_sms, p.max_partials / p.kv_heads);
 }
 
 void launch_decode(const AttentionParams& p, cudaStream_t stream) {
   if (p.work && p.work_size < decode_work_ints(p.num_seqs))
     throw std::runtime_error("paged_attention: work needs " + std::to_string(decode_work_ints(p.num_seqs)) + " ints, not " + std::to_string(p.work_size));
   DecodeLaunch d = {};
-  d.ranges = p.work ? decode_ranges(p.kv_heads, p.head_dim) : p.num_seqs;
-  d.block_mask = (p.block_size & (p.block_size - 1)) == 0 ? p.block_size - 1 : 0;
-  d.halves = p.block_size % tile_tokens != 0;
+  d.block_shift = -1;
+  for (int shift = 3; shift < 31; ++shift)
+    if (p.block_size == 1 << shift) d.block_shift = shift;
   const bool fp8 = p.kv == e4m3;
   const float scale = fp8 ? p.scale * p.k_scale : p.scale;
   d.scale_log2 = scale * 1.44269504088896340736f;

@@ -120,6 +120,8 @@ void launch_prefill(const AttentionParams& p, cudaStream_t stream) {
   if (p.act == f32) refuse("takes float16 and bfloat16, not dtype ", p.act);
   if (p.head_dim % 16 || p.head_dim > 256) refuse("needs head_dim to be a multiple of 16 up to 256, not ", p.head_dim);
   if (p.q_stride % 8) refuse("needs rows of q that begin at 16 bytes, not a stride of ", p.q_stride);
+  for (const void* pointer : {static_cast<const void*>(p.out), p.q, p.k_cache, p.v_cache})
+    if (const int64_t rest = reinterpret_cast<uintptr_t>(pointer) % 16) refuse("needs tensors that begin at 16 bytes, not behind them by ", rest);
   if (p.block_size % prefill_block) refuse("needs blocks of a multiple of 8 tokens, not ", p.block_size);
   if (group > 256) refuse("takes up to 256 query heads a KV head, not ", group);
   const int64_t capacity = (p.work_size - decode_work_ints(p.num_seqs) - prefill_header_ints) / prefill_tile_ints;

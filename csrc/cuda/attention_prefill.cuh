@@ -6,7 +6,8 @@
 // walked in tiles of `keys`, counted from the start of the context, left to right. Invariant: a row's arithmetic depends on its query, its
 // keys and its position alone:
 //   * the size of a key tile depends on head_dim only; the order of the sums within one is that of the matrix instruction;
-//   * a tile that shows a row none of its keys changes nothing of that row: its weights are exact zeros, its factor an exact one.
+//   * a tile that shows a row none of its keys changes nothing of that row: its weights are exact zeros, its factor an exact one;
+//   * a row decides by itself when its sums are scaled anew (prefill_slack).
 // So how rows are tiled, and which rows share a warp, never changes a bit. Keys that no row of the thread block sees are not read: their
 // place in shared memory holds zeros, whatever the cache or the block table has there.
 #pragma once
@@ -25,6 +26,9 @@ namespace octavo::cuda {
 
 constexpr int prefill_threads = 128;
 constexpr int prefill_block = 8;  // tokens in a block of the cache are a multiple of this
+// Weights are exp2(score - best), and `best` follows the largest score only when that is ahead by more than this: weights of up to 2^8 are as
+// exact as those up to 1, and sums are seldom scaled again. It is a row's own decision, so no bit depends on other rows.
+constexpr float prefill_slack = 8.0f;
 
 // The sizes of an instance. `dim` is the head_dim it has room for; `m_tiles` blocks of 16 rows belong to each of the 4 warps.
 template <bool fp8, int dim, int m_tiles>
@@ -42,6 +46,7 @@ struct PrefillShape {
   static constexpr int units = dim * (fp8 ? 1 : 2) / 16;
   static constexpr int columns = units <= 4 ? 4 : units <= 8 ? 8 : units <= 16 ? 16 : 32;
   static constexpr int rows_each = keys * columns / prefill_threads;
+  static constexpr int steps_at_once = dim == 96 ? 3 : 4;  // of 16 dims: all of them at once would keep too much in registers
   // Thread blocks an SM should hold: bounds the registers.
   static constexpr int blocks = m_tiles == 2 ? 2 : dim == 64 && !fp8 ? 4 : dim > 128 ? 2 : 3;
   static_assert(dim % 16 == 0 && keys % 16 == 0, "matrix instructions take 16 at a time");
@@ -57,6 +62,7 @@ struct PrefillScores {
   float exponent;     // of a kept score, in exp2
   bool plain;         // scores are kept as q.k, and `exponent` has the factor
   int group;          // query heads a KV head
+  int cell_bytes;     // of a cell of the cache: its heads' keys or values
   uint32_t by_group;  // see divide()
   uint32_t by_block;
 };
@@ -67,6 +73,7 @@ inline PrefillScores prefill_scores(const AttentionParams& p) {
   PrefillScores s = {};
   const float scale = p.scale * p.k_scale;
   s.group = p.heads / p.kv_heads;
+  s.cell_bytes = p.kv_heads * p.head_dim * (p.kv == e4m3 ? 1 : 2);
   s.by_group = inverse(s.group);
   s.by_block = inverse(p.block_size);
   s.softcap = p.softcap;
@@ -77,7 +84,7 @@ inline PrefillScores prefill_scores(const AttentionParams& p) {
   return s;
 }
 
-// x / n by the inverse of n, 2^32 / n rounded up, or 0 for n = 1; right while x * n < 2^32.
+// x / n by the inverse of n, 2^32 / n rounded up, or 0 for n = 1; right while x * n < 2^32: keys up to 2^25 in blocks of 128.
 __device__ __forceinline__ int divide(int x, uint32_t inverse) { return inverse ? static_cast<int>(__umulhi(x, inverse)) : x; }
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -106,9 +113,12 @@ __device__ __forceinline__ void widen16(T* to, const uint8_t* raw) {
       wide[i] = pack2<T>(f.x, f.y);
     }
   }
+  // Four lanes store their first half, the next four their second: so eight lanes, whose halves are 32 bytes apart, meet no bank twice.
+  const int late = threadIdx.x / 4 % 2;
+  const uint4 low = make_uint4(wide[0], wide[1], wide[2], wide[3]), high = make_uint4(wide[4], wide[5], wide[6], wide[7]);
   uint4* out = reinterpret_cast<uint4*>(to);
-  out[0] = make_uint4(wide[0], wide[1], wide[2], wide[3]);
-  out[1] = make_uint4(wide[4], wide[5], wide[6], wide[7]);
+  out[late] = late ? high : low;
+  out[1 - late] = late ? low : high;
 }
 
 // Starts copying this thread's part of a tile of keys or values: rows_each rows from `cell` on, to `to`. Row i becomes zeros unless
@@ -137,7 +147,8 @@ __global__ void __launch_bounds__(prefill_threads, PrefillShape<fp8, dim, m_tile
   T* const sv = reinterpret_cast<T*>(shared + S::q_bytes + S::kv_bytes);  // [keys, pitch]
   uint8_t* const raw_k = shared + S::q_bytes + 2 * S::kv_bytes;         // [keys, dim]
   uint8_t* const raw_v = raw_k + S::raw_bytes;                          // [keys, dim]
-  int* const facts = reinterpret_cast<int*>(raw_v + S::raw_bytes);  // [5]: seldom wanted, and each would cost a register: first_position, skipped, block_rows, token_row, kv_head
+  // [5]: first_position, skipped, block_rows, token_row, kv_head: seldom wanted, and each would cost a register.
+  int* const facts = reinterpret_cast<int*>(raw_v + S::raw_bytes);
 
   dependency_wait();
   dependents_start();
@@ -146,9 +157,10 @@ __global__ void __launch_bounds__(prefill_threads, PrefillShape<fp8, dim, m_tile
   const int kv_head = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.kv_heads));
   const int part = static_cast<int>(blockIdx.x / static_cast<unsigned>(p.kv_heads));
   constexpr int parts = prefill_tile_rows / S::rows;
-  if (part / parts >= list[0]) return;
   const int* const tile = list + prefill_header_ints + static_cast<int64_t>(part / parts) * prefill_tile_ints;
+  const int num_tiles = list[0];  // loaded beside the tile, which lies in the list's memory even beyond its end
   const int sequence = tile[0], first_row = tile[1] + part % parts * S::rows, start = tile[2], context = tile[3];
+  if (part / parts >= num_tiles) return;
   const int group = scores.group, new_tokens = p.query_start[sequence + 1] - start, num_rows = new_tokens * group;
   if (first_row >= num_rows) return;
   const int* const table = p.block_tables + p.rows[sequence] * p.table_stride;
@@ -163,7 +175,7 @@ __global__ void __launch_bounds__(prefill_threads, PrefillShape<fp8, dim, m_tile
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   // --- this thread's part of the copies ---
   const int unit = thread % S::columns, own_row = thread / S::columns * S::rows_each;
-  const int head_bytes = p.head_dim * item_size, cell_bytes = p.kv_heads * head_bytes;
+  const int head_bytes = p.head_dim * item_size;
   const int offset = kv_head * head_bytes + min(unit * 16, head_bytes - 16);  // in a cell
   const unsigned count = unit * 16 < head_bytes ? end - begin : 0;
   const auto cell_of = [&](int first_key) {  // of own_row; not read if none of the thread's keys is seen
@@ -176,7 +188,8 @@ __global__ void __launch_bounds__(prefill_threads, PrefillShape<fp8, dim, m_tile
   const uint32_t k_to = shared_address(fp8 ? raw_k : shared + S::q_bytes) + own_row * copy_pitch + unit * 16;
   const uint32_t v_to = k_to + (fp8 ? S::raw_bytes : S::kv_bytes);
   const auto copy = [&](uint32_t to, const void* cache, int cell, int first_key) {
-    if (unit < S::units) copy_rows<S::rows_each>(to, copy_pitch, static_cast<const char*>(cache) + offset, cell, cell_bytes, first_key + own_row - begin, count);
+    const char* const from = static_cast<const char*>(cache) + offset;
+    if (unit < S::units) copy_rows<S::rows_each>(to, copy_pitch, from, cell, scores.cell_bytes, first_key + own_row - begin, count);
   };
 
   // --- the queries, and the first keys ---
@@ -207,8 +220,7 @@ __global__ void __launch_bounds__(prefill_threads, PrefillShape<fp8, dim, m_tile
   // Place of a row among the packed rows of its sequence, counted from first_token; the rows after the last one repeat it.
   const auto packed_row = [facts](int row) { return facts[1] + min(row, facts[2] - 1); };
   const auto position_of = [&](int row) { return facts[0] + divide(packed_row(row), scores.by_group); };
-  const int lowest = position_of(warp_row), highest = position_of(warp_row + 16 * m_tiles - 1);
-  const bool idle = warp_row >= block_rows;
+  const int lowest = position_of(warp_row), highest = warp_row < block_rows ? position_of(warp_row + 16 * m_tiles - 1) : -1;
   float o[m_tiles][dim / 8][4];
   float best[m_tiles][2], sum[m_tiles][2];
 #pragma unroll
@@ -239,10 +251,9 @@ __global__ void __launch_bounds__(prefill_threads, PrefillShape<fp8, dim, m_tile
     }
     __syncthreads();  // the keys are there, and nobody reads the values of the tile before
     if constexpr (fp8) {
-      cell = next_cell;
       if (first_key + keys < end) {
-        copy(k_to, p.k_cache, cell, first_key + keys);
-        copy(v_to, p.v_cache, cell, first_key + keys);
+        copy(k_to, p.k_cache, next_cell, first_key + keys);
+        copy(v_to, p.v_cache, next_cell, first_key + keys);
       }
     } else {
       copy(v_to, p.v_cache, cell, first_key);
@@ -251,14 +262,14 @@ __global__ void __launch_bounds__(prefill_threads, PrefillShape<fp8, dim, m_tile
     next_cell = cell_of(first_key + 2 * keys);
     cp_async_commit();
 
-    const bool seen = !idle && first_key <= highest && (p.window <= 0 || first_key + keys - 1 > lowest - p.window);  // by a row of this warp
+    const bool seen = first_key <= highest && (p.window <= 0 || first_key + keys - 1 > lowest - p.window);  // by a row of this warp
     float s[m_tiles][keys / 8][4];
     if (seen) {
 #pragma unroll
       for (int m = 0; m < m_tiles; ++m)
 #pragma unroll
         for (int n = 0; n < keys / 8; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0.0f;
-#pragma unroll
+#pragma unroll(S::steps_at_once)
       for (int d = 0; d < dim / 16; ++d) {
         uint32_t a[m_tiles][4];
 #pragma unroll
@@ -339,11 +350,12 @@ __global__ void __launch_bounds__(prefill_threads, PrefillShape<fp8, dim, m_tile
 #pragma unroll
         for (int n = 0; n < keys / 8; ++n) top = fmaxf(top, fmaxf(s[m][n][h * 2], s[m][n][h * 2 + 1]));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2)), best[m][h]);
-        const float anchor = top == -INFINITY ? 0.0f : top;  // nothing seen yet: all weights are 0
-        factor[m][h] = exp2_fast((best[m][h] - anchor) * scores.exponent);
-        moved |= factor[m][h] != 1.0f;
-        best[m][h] = top;
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        const bool raised = (top - best[m][h]) * scores.exponent > prefill_slack;
+        moved |= raised;
+        factor[m][h] = raised ? exp2_fast((best[m][h] - top) * scores.exponent) : 1.0f;
+        best[m][h] = raised ? top : best[m][h];
+        const float anchor = best[m][h] == -INFINITY ? 0.0f : best[m][h];  // nothing seen yet: all weights are 0
         const float offset = anchor * scores.exponent;
         float part_sum = 0.0f;
 #pragma unroll
@@ -423,10 +435,12 @@ void launch_prefill_instance(const AttentionParams& p, cudaStream_t stream) {
          stream, p, prefill_scores(p), prefill_work(p.work, p.num_seqs));
 }
 
-// 128 rows a thread block where that fills the device twice over, else 64; and 64 where the output of 128 would not fit in registers.
+// Rows of a thread block: 128, which take the fewest loads a product, where that makes enough thread blocks to fill the device evenly; else 64. And
+// 64 where the output of 128 would not fit in registers. Measured on an H100; the choice changes no bit.
 template <class T, bool fp8>
 void launch_prefill_type(const AttentionParams& p, cudaStream_t stream) {
-  const bool wide = static_cast<int64_t>(p.num_tokens) * p.heads / prefill_tile_rows >= int64_t{4} * device().num_sms;
+  const int64_t tiles_an_sm = static_cast<int64_t>(p.num_tokens) * p.heads / prefill_tile_rows / device().num_sms;
+  const bool wide = tiles_an_sm >= (p.head_dim <= 64 ? 16 : 2);
   if (p.head_dim <= 64) return wide ? launch_prefill_instance<T, fp8, 64, 2>(p, stream) : launch_prefill_instance<T, fp8, 64, 1>(p, stream);
   if (p.head_dim <= 96) return wide ? launch_prefill_instance<T, fp8, 96, 2>(p, stream) : launch_prefill_instance<T, fp8, 96, 1>(p, stream);
   if (p.head_dim <= 128) return wide ? launch_prefill_instance<T, fp8, 128, 2>(p, stream) : launch_prefill_instance<T, fp8, 128, 1>(p, stream);

@@ -98,38 +98,42 @@ struct Barriers {
 };
 
 struct Tile {
-  int query_start, first_row, num_rows, context, fresh;  // fresh: new tokens; num_rows: fresh * group
-  int begin, end;                                       // keys that some row of the tile sees; begin is a multiple of the block
+  int query_start, first_row, context, fresh;  // first token, first packed row, keys and new tokens of the sequence
+  int begin, end;                              // keys that some row of the tile sees; begin is a multiple of the block
 };
 
 // Round r of this thread block; every second round runs backwards, which evens out a list that is sorted by length.
-__device__ __forceinline__ int item_of(int round) {
-  const int place = round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  return round * gridDim.x + place;
+__device__ __forceinline__ unsigned item_of(int round) {
+  return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
+__device__ __forceinline__ int head_of(const Arguments& a, unsigned item) { return static_cast<int>(item % static_cast<unsigned>(a.kv_heads)); }
 
 // Which new token a packed row is; exact while row * group is below 2^32.
 __device__ __forceinline__ int token_of(const Arguments& a, int row) { return a.by_group ? __umulhi(row, a.by_group) : row; }
 
+// What a warp knows of 32 rounds, one a lane, so that it reads the lists rarely and all at once.
 template <int keys>
-__device__ __forceinline__ Tile read_tile(const Arguments& a, const int4 entry) {
-  Tile t;
-  t.query_start = entry.z;
-  t.first_row = entry.y;
-  t.context = entry.w;
-  t.fresh = a.query_start[entry.x + 1] - entry.z;
-  t.num_rows = t.fresh * a.group;
-  const int before = t.context - t.fresh;
-  const int last = min(t.first_row + tile_rows, t.num_rows) - 1;
-  t.end = before + token_of(a, last) + 1;
-  t.begin = a.window > 0 ? max(0, before + token_of(a, t.first_row) - a.window + 1) / keys * keys : 0;
-  return t;
-}
+struct Agenda {
+  Tile tile;
+  int row;  // of the block tables
 
-__device__ __forceinline__ int4 read_entry(const Arguments& a, int item) {
-  const int* tile = a.tiles + prefill_header_ints + static_cast<int64_t>(item / a.kv_heads) * prefill_tile_ints;
-  return make_int4(tile[0], tile[1], tile[2], tile[3]);
-}
+  // All lanes call it, and once more when 32 rounds are over.
+  __device__ __forceinline__ void read(const Arguments& a, int round, unsigned items) {
+    const unsigned item = item_of(round + (threadIdx.x & 31));
+    if (item >= items) return;
+    const int* entry = a.tiles + prefill_header_ints + int64_t{item / static_cast<unsigned>(a.kv_heads)} * prefill_tile_ints;
+    const int sequence = entry[0];
+    tile.first_row = entry[1];
+    tile.query_start = entry[2];
+    tile.context = entry[3];
+    row = a.rows[sequence];
+    tile.fresh = a.query_start[sequence + 1] - tile.query_start;
+    const int before = tile.context - tile.fresh, last = min(tile.first_row + tile_rows, tile.fresh * a.group) - 1;
+    tile.end = before + token_of(a, last) + 1;
+    tile.begin = a.window > 0 ? max(0, before + token_of(a, tile.first_row) - a.window + 1) / keys * keys : 0;
+  }
+  __device__ __forceinline__ int of(int round, int value) const { return __shfl_sync(0xffffffffu, value, round & 31); }
+};
 
 __device__ __forceinline__ float power_of_two(float x) {
   float y;
@@ -193,38 +197,39 @@ struct Pieces {
 // other and cost their warp more time than they cost the copy engine: hence two warps.
 template <int head_dim, bool values>
 __device__ __forceinline__ void load_blocks(const Arguments& a, const void* map, uint64_t* full, uint64_t* free, uint64_t& tail,
-                                            uint32_t memory, int items) {
+                                            uint32_t memory, unsigned items) {
   using S = Shape<head_dim>;
   const int lane = threadIdx.x & 31;
   const Pieces<head_dim> pieces(a.block_size);
   Ring<S::stages> ring;
   uint32_t tail_parity = 0;
-  int round = 0, item = item_of(0);
-  if (item >= items) return;
-  int4 entry = read_entry(a, item);
-  Tile tile = read_tile<S::keys>(a, entry);
-  const int* table = a.block_tables + a.rows[entry.x] * a.table_stride;
-  int page = pieces.page(table, tile.begin, tile.end);
-  while (true) {
-    const int head = item % a.kv_heads;
-    const int next_item = item_of(++round);  // only the last round has gaps, so a gap is the end
-    const bool more = next_item < items;
-    if (more) entry = read_entry(a, next_item);
-    Tile next_tile = tile;
-    const int* next_table = table;
-    for (int block = tile.begin; block < tile.end; block += S::keys) {
-      // The pages of the block after this one, and the item after this one, are looked up before there is room for them.
-      int next_page = pieces.page(table, block + S::keys, tile.end);
+  Agenda<S::keys> agenda;
+  agenda.read(a, 0, items);
+  int begin = agenda.of(0, agenda.tile.begin), end = agenda.of(0, agenda.tile.end), context = agenda.of(0, agenda.tile.context);
+  const int* table = a.block_tables + agenda.of(0, agenda.row) * a.table_stride;
+  bool more = item_of(0) < items;  // only the last round has gaps, so a gap is the end
+  int page = more ? pieces.page(table, begin, end) : 0;
+  for (int round = 0; more;) {
+    const int head = head_of(a, item_of(round));
+    more = item_of(++round) < items;
+    if (more && round % 32 == 0) agenda.read(a, round, items);
+    const int next_begin = agenda.of(round, agenda.tile.begin), next_end = agenda.of(round, agenda.tile.end);
+    const int next_context = agenda.of(round, agenda.tile.context);
+    const int* next_table = a.block_tables + agenda.of(round, agenda.row) * a.table_stride;
+    for (int block = begin; block < end; block += S::keys) {
+      // The pages of the block after this one are looked up before there is room for it.
+      const bool last = block + S::keys >= end;
+      const int next_page = !last ? pieces.page(table, block + S::keys, end) : more ? pieces.page(next_table, next_begin, next_end) : 0;
       barrier_wait(shared_address(&free[ring.at]), ring.parity ^ 1);
       const uint32_t target = memory + ring.at * S::block_bytes, ready = shared_address(&full[ring.at]);
       // The last piece of a context may hold anything behind its end. Scores there are overwritten, but a value that is NaN would get
       // through a weight of zero.
-      const int zeros = values ? pieces.zeros(tile.context, block, tile.end) : 0;
-      pieces.copy(target, map, head, a.kv_heads, page, block, tile.end, zeros ? shared_address(&tail) : ready);
+      const int zeros = values ? pieces.zeros(context, block, end) : 0;
+      pieces.copy(target, map, head, a.kv_heads, page, block, end, zeros ? shared_address(&tail) : ready);
       if (zeros) {
         barrier_wait(shared_address(&tail), tail_parity);
         tail_parity ^= 1;
-        const uint32_t first = target + (tile.context - block) * 128;
+        const uint32_t first = target + (context - block) * 128;
 #pragma unroll 1
         for (int panel = 0; panel < S::panels; ++panel)
 #pragma unroll 1
@@ -235,33 +240,33 @@ __device__ __forceinline__ void load_blocks(const Arguments& a, const void* map,
         if (lane == 0) barrier_arrive(ready);
       }
       ring.step();
-      if (more && block == tile.begin) {
-        next_tile = read_tile<S::keys>(a, entry);
-        next_table = a.block_tables + a.rows[entry.x] * a.table_stride;
-      }
-      if (more && block + S::keys >= tile.end) next_page = pieces.page(next_table, next_tile.begin, next_tile.end);
       page = next_page;
     }
-    if (!more) break;
-    item = next_item, tile = next_tile, table = next_table;
+    begin = next_begin, end = next_end, context = next_context, table = next_table;
   }
 }
 
 // --- warps 2 and 3 of the producers ---------------------------------------------------------------------------------------------------
 template <int head_dim>
-__device__ __forceinline__ void load_queries(const Arguments& a, Barriers<head_dim>& barriers, Tile* tiles, uint32_t queries, int items) {
+__device__ __forceinline__ void load_queries(const Arguments& a, Barriers<head_dim>& barriers, Tile* tiles, uint32_t queries, unsigned items) {
   using S = Shape<head_dim>;
   constexpr int chunks = head_dim / 8;  // of a row
   const int thread = threadIdx.x - (128 - loaders);
   Ring<S::queries> ring;
-  for (int round = 0; round * static_cast<int>(gridDim.x) < items; ++round) {
-    const int item = item_of(round);
-    if (item >= items) continue;
-    const Tile tile = read_tile<S::keys>(a, read_entry(a, item));
-    const int head = item % a.kv_heads * a.group;
+  Agenda<S::keys> agenda;
+  for (int round = 0; item_of(round) < items; ++round) {
+    if (round % 32 == 0) agenda.read(a, round, items);
+    Tile tile;
+    tile.query_start = agenda.of(round, agenda.tile.query_start);
+    tile.first_row = agenda.of(round, agenda.tile.first_row);
+    tile.context = agenda.of(round, agenda.tile.context);
+    tile.fresh = agenda.of(round, agenda.tile.fresh);
+    tile.begin = agenda.of(round, agenda.tile.begin);
+    tile.end = agenda.of(round, agenda.tile.end);
+    const int head = head_of(a, item_of(round)) * a.group;
     barrier_wait(shared_address(&barriers.query_free[ring.at]), ring.parity ^ 1);
     const uint32_t target = queries + ring.at * S::query_bytes;
-    const int rows = min(tile_rows, tile.num_rows - tile.first_row);
+    const int rows = min(tile_rows, tile.fresh * a.group - tile.first_row);
     static_assert(loaders % chunks == 0, "a thread has the same chunk of every row");
     const int chunk = thread % chunks;
     for (int row = thread / chunks; row < tile_rows; row += loaders / chunks) {
@@ -326,30 +331,33 @@ struct Rows {
         for (int e = 0; e < 4; ++e)
           if (static_cast<uint32_t>(position[e / 2] - first - (8 * j + e % 2)) >= window) s[4 * j + e] = minus_infinity;
     }
+    // Both rows step by step together, and four chains of maxima and of sums: there are few warps to fill the gaps.
+    float best[4], base[2], sums[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) best[e] = s[e];
+#pragma unroll
+    for (int i = 4; i < S::keys / 2; ++i) best[i % 4] = fmaxf(best[i % 4], s[i]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) best[r] = fmaxf(best[2 * r], best[2 * r + 1]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffffu, best[r], 1));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffffu, best[r], 2));
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float best = fmaxf(s[2 * r], s[2 * r + 1]);
-#pragma unroll
-      for (int j = 1; j < S::keys / 8; ++j) best = fmaxf(best, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-      best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-      best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-      best = fmaxf(best, top[r]);
-      const float used = best == minus_infinity ? 0.f : best;  // a row that has seen no key yet gets weights of zero
-      const float base = used * slope;
+      best[r] = fmaxf(best[r], top[r]);
+      const float used = best[r] == minus_infinity ? 0.f : best[r];  // a row that has seen no key yet gets weights of zero
+      base[r] = used * slope;
       shrink[r] = power_of_two((top[r] - used) * slope);  // exactly 1 where the largest score stays
-      top[r] = best;
-      float sums[2] = {0.f, 0.f};
-#pragma unroll
-      for (int j = 0; j < S::keys / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[4 * j + 2 * r + e];
-          x = power_of_two(fmaf(x, slope, -base));
-          sums[e] += x;
-        }
-      }
-      sum[r] = fmaf(sum[r], shrink[r], sums[0] + sums[1]);
+      top[r] = best[r];
     }
+#pragma unroll
+    for (int i = 0; i < S::keys / 2; ++i) {
+      s[i] = power_of_two(fmaf(s[i], slope, -base[i / 2 % 2]));
+      sums[i % 4] += s[i];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] = fmaf(sum[r], shrink[r], sums[2 * r] + sums[2 * r + 1]);
   }
 
   __device__ __forceinline__ void rescale(const float (&shrink)[2]) {
@@ -396,7 +404,7 @@ struct Rows {
               w[j | bit] = got;
           }
         }
-        if (packed_row < tile.num_rows) *reinterpret_cast<uint4*>(out + (4 * b + lane) * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+        if (packed_row < tile.fresh * a.group) *reinterpret_cast<uint4*>(out + (4 * b + lane) * 8) = make_uint4(w[0], w[1], w[2], w[3]);
       }
     }
   }
@@ -404,7 +412,7 @@ struct Rows {
 
 template <bool bf16, int head_dim>
 __device__ __forceinline__ void attend(const Arguments& a, Barriers<head_dim>& barriers, const Tile* tiles, uint32_t queries, uint32_t keys,
-                                       uint32_t values, int items) {
+                                       uint32_t values, unsigned items) {
   using S = Shape<head_dim>;
   const int warpgroup = threadIdx.x / 128 - 1;
   const int lane = threadIdx.x & 31;
@@ -422,9 +430,7 @@ __device__ __forceinline__ void attend(const Arguments& a, Barriers<head_dim>& b
   for (float& x : rows.s) x = 0.f;
   if (warpgroup == consumers - 1) named_arrive(next_turn, 256);  // warpgroup 0 has the first turn
 
-  for (int round = 0; round * static_cast<int>(gridDim.x) < items; ++round) {
-    const int item = item_of(round);
-    if (item >= items) continue;
+  for (int round = 0; item_of(round) < items; ++round) {
     barrier_wait(shared_address(&barriers.query_full[query.at]), query.parity);
     const Tile tile = tiles[query.at];
     const uint32_t q = queries + query.at * S::query_bytes + warpgroup * S::panels * S::query_panel;
@@ -482,7 +488,8 @@ __device__ __forceinline__ void attend(const Arguments& a, Barriers<head_dim>& b
       products_wait<0>();
       settle(rows.o);
       release(barriers.value_free[mixed]);
-      rows.rescale(shrink);
+      // A factor of 1 changes nothing, and after the first few blocks most are 1; where a row is short, to ask costs more than to multiply.
+      if (head_dim == 64 || __any_sync(0xffffffffu, shrink[0] != 1.f || shrink[1] != 1.f)) rows.rescale(shrink);
       rows.pack();
     }
     release(barriers.query_free[query.at]);
@@ -495,7 +502,7 @@ __device__ __forceinline__ void attend(const Arguments& a, Barriers<head_dim>& b
     settle(rows.o);
     release(barriers.value_free[value.at]);
     value.step();
-    rows.store(a, tile, row, item % a.kv_heads * a.group);
+    rows.store(a, tile, row, head_of(a, item_of(round)) * a.group);
   }
   if (warpgroup == 0) named_sync(own_turn, 256);  // takes the turn that is left over
 }
@@ -535,7 +542,7 @@ __global__ void __launch_bounds__(threads, 1)
   }
   __syncthreads();
   dependency_wait();
-  const int items = a.tiles[0] * a.kv_heads;
+  const unsigned items = a.tiles[0] * a.kv_heads;
   if (threadIdx.x < 128) {
     give_registers<producer_registers>();
     if (threadIdx.x < 32) {

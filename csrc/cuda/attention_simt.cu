@@ -188,7 +188,8 @@ __global__ void __launch_bounds__(simt_threads, 4) simt_kernel(const __grid_cons
 template <class T, class KV>
 void launch_type(const AttentionParams& p, cudaStream_t stream) {
   const int group = p.heads / p.kv_heads;
-  const dim3 grid(static_cast<unsigned>(p.num_tokens), static_cast<unsigned>(p.kv_heads), static_cast<unsigned>((group + simt_heads - 1) / simt_heads));
+  const int parts = (group + simt_heads - 1) / simt_heads;
+  const dim3 grid(static_cast<unsigned>(p.num_tokens), static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(parts));
   const bool vector = p.head_dim * sizeof(KV) % 16 == 0;
   launch("paged_attention", vector ? simt_kernel<T, KV, true> : simt_kernel<T, KV, false>, grid, dim3(simt_threads), 0, stream, p);
 }

@@ -1,6 +1,6 @@
-// What gemm_skinny.cu is made of: the parameters of a call, asynchronous copies, the tensor-core product, reading the shared memory
-// of a neighbour in a cluster, and the norm that may come before the product. It does not know how a product is cut into thread
-// blocks. Invariant: every sum here is written out term by term, so that two kernels that call the same function get the same bits.
+// What gemm_skinny.cu is made of: the parameters of a call, asynchronous copies, the tensor-core product, and the norm that may come
+// before it. It does not know how a product is cut into thread blocks. Invariant: every sum here is written out term by term, so that
+// two kernels that call the same function get the same bits.
 //
 // Instructions newer than a target are replaced by a trap: the host side never launches such a kernel on such a device.
 #pragma once
@@ -24,7 +24,7 @@ struct SkinnyParams {
   int64_t out_stride, x_stride;
   int rows, n, k;       // M, N, K; n counts outputs, so it is half of the weight's rows in the gated form
   int steps;            // of 32 elements of K in every slice; even
-  int x_steps;          // of them whose activations are in shared memory at a time
+  int weight_steps, x_steps;  // as many as are in shared memory at a time
   Activation kind;      // none: plain product; else out = activation(gate) * up
   bool float_out;
   // The norm before the product: x = rms_norm(residual + delta).
@@ -33,9 +33,6 @@ struct SkinnyParams {
   const float* norm_weight;  // [K]
   float* total;              // [M, K], written
   float eps, offset;
-#ifdef OCTAVO_TUNE
-  unsigned long long* trace;
-#endif
 };
 
 constexpr int warps = 8;    // of a thread block
@@ -121,32 +118,7 @@ __device__ __forceinline__ uint4 load16(uint32_t from) {
   return v;
 }
 
-// --- clusters: thread blocks whose shared memory the others can read ------------------------------------------------------------------
-
-__device__ __forceinline__ void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __trap();
-#endif
-}
-
-__device__ __forceinline__ float4 load_of_rank(uint32_t address, int rank) {
-  float4 v = {};
-#if __CUDA_ARCH__ >= 900
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(there) : "memory");
-#else
-  __trap();
-#endif
-  return v;
-}
-
-__device__ __forceinline__ float add(float a, float b) { return a + b; }
-__device__ __forceinline__ float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
-__device__ __forceinline__ float element(float v, int) { return v; }
-__device__ __forceinline__ float element(float4 v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+__device__ __forceinline__ void store4(uint32_t to, uint32_t value) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory"); }
 
 // --- product -------------------------------------------------------------------------------------------------------------------------
 

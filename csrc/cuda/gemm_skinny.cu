@@ -6,16 +6,15 @@
 // the one that reads them back; a warp's stream of weights needs no barrier. Copies of the first stages are issued before the kernel
 // waits for its predecessor (programmatic dependent launch), because weights never change.
 //
-// Invariant: chunks of 64 elements of K are dealt to 8 slices in turn, a slice is one chain of products in ascending order, and the
-// slices are added as a tree. Whether the slices lie in 8 warps of a thread block or in 2, 4 or 8 blocks of a cluster changes no bit, and
-// neither does the number of rows: a row's result depends on its inputs and the weight alone.
+// A block may work through several tiles of rows, one after the other: the ring of weights runs on from tile to tile, and activations
+// that fit in shared memory are fetched, or normed, once.
+//
+// Invariant: chunks of 64 elements of K are dealt to 8 slices in turn, each slice is summed by one warp in ascending order, and the
+// slices are added as a tree. Nothing of this depends on the number of rows: a row's result depends on its inputs and the weight alone.
 #include "gemm.cuh"
 
 #include <algorithm>
-#include <algorithm>
-#include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "common/check.h"
 #include "ops.h"
@@ -29,48 +28,41 @@ constexpr int step = 32;                  // elements of K that a warp multiplie
 constexpr int step_bytes = step * 2;
 static_assert(chunk % step == 0, "a step lies in one slice");
 
-// How many thread blocks, and what a warp does. `slices` of K are in one block, the block's other warps take further rows of the weight.
 struct Plan {
-  int slices;  // of the 8 in one thread block; the cluster has the rest
-  int tiles;   // of 16 rows of weight in a warp
+  int tiles;   // of 16 rows of weight in a block, every warp has its slice of all of them
   int tokens;  // in eights
-  int stages;  // of weights in flight: 64 to 96 KiB in a block
+  int stages;  // of weights in flight, 64 to 96 KiB in a block
 };
 
-constexpr bool operator==(Plan a, Plan b) {
-  return a.slices == b.slices && a.tiles == b.tiles && a.tokens == b.tokens && a.stages == b.stages;
-}
+constexpr bool operator==(Plan a, Plan b) { return a.tiles == b.tiles && a.tokens == b.tokens && a.stages == b.stages; }
 
-constexpr Plan choose(bool clusters, bool roomy, bool gated, int rows, int64_t n, int64_t k) {
-  const int tokens = rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
-  if (tokens <= 2) {
-    const int tiles = gated || n >= (tokens == 1 ? 8192 : 4096) ? 2 : 1;
-    if (tiles == 2) return {8, 2, tokens, 4};
-    // With a block for each multiprocessor at most, the block alone keeps the memory busy.
-    return {8, 1, tokens, tokens == 2 ? 3 : roomy && rows <= 2 && n <= 2048 && k > 2048 ? 6 : 4};
-  }
-  if (!clusters) return {8, 2, tokens, tokens == 4 ? 3 : 2};
-  // 128 rows of weight in a block, so that activations are read from the L2 cache once for 128 rows; blocks enough for the device.
-  if (!gated && n < 4096) return {1, 1, tokens, 8};
-  return {2, 2, tokens, 4};
+// roomy: a block can have more than 128 KiB of shared memory; without it every plan stays within 99 KiB.
+constexpr Plan choose(bool roomy, bool gated, int rows, int64_t n, int64_t k) {
+  if (rows > 32) return {2, 8, 2};
+  if (rows > 16) return {2, 4, 3};
+  if (rows > 8) return gated || n >= 8192 ? Plan{2, 2, 4} : Plan{1, 2, 3};
+  if (gated || n >= 8192 || !roomy) return {2, 1, 4};
+  // With a block for each multiprocessor at most, the block alone keeps the memory busy.
+  return {1, 1, n <= 2048 && k > 2048 ? 6 : 4};
 }
 
 // Steps of 32 that are copied, awaited and multiplied together: two where a warp has little else to do meanwhile.
-constexpr int steps_of(Plan p) { return p.slices == 8 && p.tiles == 1 ? 2 : 1; }
+constexpr int steps_of(Plan p) { return p.tiles == 1 ? 2 : 1; }
 
-constexpr int blocks_per_sm(int tokens) { return tokens == 1 ? 4 : tokens <= 2 ? 3 : 2; }
+constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
-constexpr int rows_of(Plan p) { return warps / p.slices * p.tiles * 16; }  // of weight, in a block
+constexpr int most_rows_apart = 8;  // with more rows the sums take the place of the weights
 
-// Shared memory, in bytes: stages of weights and of activations (or the normed rows, the norm's weight and its sums), all of which make
-// place for the partial sums in the end.
+// Shared memory, in bytes: stages of weights and of activations (or the normed rows, the norm's weight and its sums), the sums.
 struct Shared {
   int64_t x, norm_weight;
   int64_t squares;  // [slots][warps], then a scale for each row
+  int64_t zeros;    // 16 bytes for each warp
+  int64_t partial;
   int64_t size;
 };
 
-__host__ __device__ inline Shared layout(int slices, int tiles, int weight_steps, int x_steps, bool norm, int rows, int k) {
+__host__ __device__ inline Shared layout(int tiles, int weight_steps, int x_steps, bool norm, int rows, int k) {
   Shared s = {};
   s.x = static_cast<int64_t>(weight_steps) * warps * tiles * 16 * step_bytes;
   if (norm) {
@@ -80,7 +72,13 @@ __host__ __device__ inline Shared layout(int slices, int tiles, int weight_steps
   } else {
     s.size = s.x + static_cast<int64_t>(x_steps) * slices * rows * step_bytes;
   }
-  const int64_t partial = static_cast<int64_t>(slices) * rows * (warps / slices * tiles * 16 + 4) * 4;
+  s.zeros = (s.size + 15) / 16 * 16;
+  s.size = s.zeros + warps * 16;
+  const int64_t partial = static_cast<int64_t>(slices) * rows * (tiles * 16 + 4) * 4;
+  if (rows <= most_rows_apart) {
+    s.partial = s.size;
+    s.size += partial;
+  }
   s.size = s.size > partial ? s.size : partial;
   return s;
 }
@@ -126,68 +124,60 @@ __device__ __forceinline__ void norm_rows(const SkinnyParams& p, T* x, const flo
   __syncthreads();
 }
 
-#ifdef OCTAVO_TUNE
-#define TRACE(i)                                                                                   \
-  if (p.trace && threadIdx.x == 0 && (blockIdx.x == 0 || blockIdx.x == gridDim.x - 1)) {           \
-    unsigned long long now;                                                                        \
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");                               \
-    p.trace[(blockIdx.x ? 8 : 0) + i] = now;                                                       \
-  }
-#else
-#define TRACE(i)
-#endif
-
-// Grid: (blocks of rows of the weight) * cluster. T: __half or __nv_bfloat16.
-template <class T, int block_slices, int tiles, int tokens, int stages, bool norm>
-__global__ void __launch_bounds__(32 * warps, blocks_per_sm(tokens)) skinny_kernel(const __grid_constant__ SkinnyParams p) {
+// Grid: any number of blocks; block b has the tiles b, b + grid, ... T: __half or __nv_bfloat16.
+template <class T, int tiles, int tokens, int stages, bool norm>
+__global__ void __launch_bounds__(32 * warps, tokens == 1 ? 4 : tokens == 2 ? 3 : 2)
+    skinny_kernel(const __grid_constant__ SkinnyParams p) {
 #if __CUDA_ARCH__ >= 800
-  constexpr int groups = warps / block_slices;  // of warps, each with rows of weight of its own; as many blocks are in a cluster
-  constexpr int cluster = slices / block_slices;
-  static_assert(groups == cluster, "8 warps, 8 slices");
-  constexpr int stage_steps = steps_of({block_slices, tiles, tokens, stages});
-  constexpr int weight_step = warps * tiles * 16 * step_bytes;  // bytes
-  constexpr int block_rows = groups * tiles * 16;
+  constexpr int stage_steps = steps_of({tiles, tokens, stages});
+  constexpr uint32_t weight_step = warps * tiles * 16 * step_bytes, weight_stage = stage_steps * weight_step;  // bytes
+  constexpr int tile_rows = tiles * 16;
 
-  TRACE(0)
   extern __shared__ __align__(16) unsigned char shared[];
-  const Shared place = layout(block_slices, tiles, min(p.steps, stages * stage_steps), p.x_steps, norm, p.rows, p.k);
+  const Shared place = layout(tiles, p.weight_steps, p.x_steps, norm, p.rows, p.k);
   const uint32_t base = shared_address(shared);
   const int num_stages = p.steps / stage_steps;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int local = warp % block_slices, group = warp / block_slices;
-  const int rank = cluster > 1 ? blockIdx.x % cluster : 0;
-  const int slice = rank * block_slices + local;
   const bool gated = p.kind != Activation::none;
-  const int first = blockIdx.x / cluster * (gated ? block_rows / 2 : block_rows);  // output
+  const int tile_outputs = gated ? tile_rows / 2 : tile_rows, num_tiles = (p.n + tile_outputs - 1) / tile_outputs;
 
-  // --- weights: in the gated form tile 0 is of the gate and tile 1 of the values
+  // --- weights, ahead of the product: in the gated form the first 16 rows of a tile are of the gate and the others of the values
+  int fetched_tile = blockIdx.x, fetched_stage = 0;  // next
   const T* source[tiles][2];
   bool there[tiles][2];
+  const auto locate = [&] {
 #pragma unroll
-  for (int j = 0; j < tiles; ++j)
+    for (int j = 0; j < tiles; ++j)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int output = first + (gated ? group : group * tiles + j) * 16 + h * 8 + g;
-      there[j][h] = output < p.n;
-      const int64_t row = there[j][h] ? output + static_cast<int64_t>(gated ? j : 0) * p.n : 0;
-      source[j][h] = static_cast<const T*>(p.weight) + row * p.k;
-    }
+      for (int h = 0; h < 2; ++h) {
+        const int output = fetched_tile * tile_outputs + (gated ? 0 : j * 16) + h * 8 + g;
+        there[j][h] = output < p.n;
+        const int64_t row = there[j][h] ? output + static_cast<int64_t>(gated ? j : 0) * p.n : 0;
+        source[j][h] = static_cast<const T*>(p.weight) + row * p.k;
+      }
+  };
   const uint64_t policy = leave_first();
   const uint32_t weight_ring = base + warp * tiles * 1024 + lane * 16;
-  // Steps 2 i and 2 i + 1 are the halves of the slice's chunk i.
-  const int first_column = slice * chunk + t * 8;
+  // Steps 2 i and 2 i + 1 are the halves of the slice's chunk i. Copies beyond K read nothing and write zeros.
+  const int first_column = warp * chunk + t * 8;
   const auto column = [&](int i) { return first_column + i / 2 * (slices * chunk) + i % 2 * step; };
-  const auto fetch_weights = [&](int stage, int slot) {
+  const auto fetch_weights = [&](uint32_t to) {
+    if (fetched_tile >= num_tiles) return;
+    const int first_of_stage = column(fetched_stage * stage_steps);
 #pragma unroll
     for (int u = 0; u < stage_steps; ++u) {
-      const int k = column(stage * stage_steps + u);
-      const bool inside = k < p.k;
-      const uint32_t from = inside ? k : 0, to = weight_ring + (slot * stage_steps + u) * weight_step;
+      const bool inside = first_of_stage + u * step < p.k;
 #pragma unroll
       for (int j = 0; j < tiles; ++j)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) copy16_once(to + j * 1024 + h * 512, source[j][h] + from, there[j][h] && inside, policy);
+        for (int h = 0; h < 2; ++h)
+          copy16_once(to + u * weight_step + j * 1024 + h * 512, source[j][h] + first_of_stage + u * step, there[j][h] && inside, policy);
+    }
+    if (++fetched_stage == num_stages) {
+      fetched_stage = 0;
+      fetched_tile += gridDim.x;
+      locate();
     }
   };
   if constexpr (norm) {
@@ -195,151 +185,150 @@ __global__ void __launch_bounds__(32 * warps, blocks_per_sm(tokens)) skinny_kern
       copy16(base + static_cast<uint32_t>(place.norm_weight) + k * 4, p.norm_weight + k, true);
     copies_commit();
   }
+  locate();
 #pragma unroll 1
   for (int i = 0; i < stages; ++i) {
-    if (i < num_stages) fetch_weights(i, i);
+    fetch_weights(weight_ring + i * weight_stage);
     if (norm) copies_commit();
   }
   if (!norm) copies_commit();
-  TRACE(1)
   dependents_start();
   dependency_wait();
-  TRACE(2)
 
   // --- activations: a step's [M, 32] are laid out row after row, so a warp reads neighbouring 16 bytes, eight rows at a time. Where there
-  // is room all steps are fetched at once, else as many as there are stages of weights.
-  const uint32_t x_ring = base + static_cast<uint32_t>(place.x);
-  const bool whole = p.x_steps == p.steps;
-  constexpr int copies = (tokens + groups - 1) / groups;  // of a thread, for a step
-  const int x_row = group * 8 + g;
-  const T* x = static_cast<const T*>(p.x) + x_row * p.x_stride;
-  const auto fetch_x = [&](int stage, int slot) {
+  // is room all steps are fetched at once, else as many as there are stages of weights. Rows that are not there are read from `zeros`.
+  const bool whole = norm || p.x_steps == p.steps;
+  const bool streaming = !whole || num_stages > stages || static_cast<int>(gridDim.x) < num_tiles;  // else all is fetched by now
+  const uint32_t x_ring = base + static_cast<uint32_t>(place.x), zeros = base + static_cast<uint32_t>(place.zeros) + warp * 16;
+  const uint32_t x_step = slices * p.rows * step_bytes, x_stage = stage_steps * x_step, x_end = p.x_steps * x_step;
+  const T* x = static_cast<const T*>(p.x) + g * p.x_stride;
+  const uint32_t x_at = x_ring + (warp * p.rows + g) * step_bytes + t * 16;
+  const auto fetch_x = [&](int stage, uint32_t offset) {
+    const int first_of_stage = column(stage * stage_steps);
 #pragma unroll
-    for (int u = 0; u < stage_steps; ++u) {
-      const int k = column(stage * stage_steps + u);
-      const bool inside = k < p.k;
-      const uint32_t from = inside ? k : 0;
-      const uint32_t to = x_ring + (((slot * stage_steps + u) * block_slices + local) * p.rows + x_row) * step_bytes + t * 16;
+    for (int token = 0; token < tokens; ++token)
+      if (token * 8 + g < p.rows) {
 #pragma unroll
-      for (int c = 0; c < copies; ++c)
-        if (x_row + c * groups * 8 < p.rows) copy16(to + c * (groups * 8 * step_bytes), x + c * (groups * 8) * p.x_stride + from, inside);
-    }
+        for (int u = 0; u < stage_steps; ++u)
+          copy16(x_at + offset + u * x_step + token * (8 * step_bytes), x + token * 8 * p.x_stride + first_of_stage + u * step,
+                 first_of_stage + u * step < p.k);
+      }
   };
+  if (lane < 4) store4(zeros + lane * 4, 0);
+  __syncwarp();
   if constexpr (norm) {
     copies_wait<stages>();  // the norm's weight; each thread reads what it copied
     norm_rows<T>(p, reinterpret_cast<T*>(shared + place.x), reinterpret_cast<const float*>(shared + place.norm_weight),
                  reinterpret_cast<float*>(shared + place.squares));
+    if (!streaming) copies_wait<0>();
   } else if (whole) {
-#pragma unroll 1
-    for (int i = 0; i < num_stages; ++i) fetch_x(i, i);
+#pragma unroll 2
+    for (int i = 0; i < num_stages; ++i) fetch_x(i, i * x_stage);
     copies_commit();
     copies_wait<0>();
-  } else {
+  } else {  // more stages in a tile than in the ring
 #pragma unroll 1
     for (int i = 0; i < stages - 1; ++i) {
-      if (i < num_stages) fetch_x(i, i);
+      fetch_x(i, i * x_stage);
       copies_commit();
     }
   }
-  TRACE(3)
 
-  // --- product
-  float sum[tiles][tokens][4] = {};
-  int slot = 0;
+  // The place in the ring is a thread's own address: of a common offset beside a thread's, with a cache policy, ptxas 13.0 makes an
+  // instruction that is illegal.
+  uint32_t weight_at = weight_ring, x_offset = 0;
 #pragma unroll 1
-  for (int i = 0; i < num_stages; ++i) {
-    copies_wait<norm ? stages - 1 : stages - 2>();
-    if constexpr (groups > 1) __syncthreads();  // the activations come from all warps of the slice; also, all have read the stage before
-    if constexpr (!norm) {
-      if (!whole && i + stages - 1 < num_stages) fetch_x(i + stages - 1, slot == 0 ? stages - 1 : slot - 1);
-    }
-#pragma unroll
-    for (int u = 0; u < stage_steps; ++u) {
-      uint4 a[tiles][2];
-#pragma unroll
-      for (int j = 0; j < tiles; ++j)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) a[j][h] = load16(weight_ring + (slot * stage_steps + u) * weight_step + j * 1024 + h * 512);
-#pragma unroll
-      for (int token = 0; token < tokens; ++token) {
-        uint4 b = make_uint4(0, 0, 0, 0);
-        const int m = token * 8 + g;
-        if constexpr (norm) {
-          const int k = column(i * stage_steps + u);
-          if (m < p.rows && k < p.k) b = load16(x_ring + (m * (p.k + step) + k) * 2);
-        } else {
-          const int at = (whole ? i : slot) * stage_steps + u;
-          if (m < p.rows) b = load16(x_ring + ((at * block_slices + local) * p.rows + m) * step_bytes + t * 16);
-        }
-#pragma unroll
-        for (int j = 0; j < tiles; ++j) {
-          multiply(T(), sum[j][token], a[j][0].x, a[j][1].x, a[j][0].y, a[j][1].y, b.x, b.y);
-          multiply(T(), sum[j][token], a[j][0].z, a[j][1].z, a[j][0].w, a[j][1].w, b.z, b.w);
+  for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    // --- product
+    float sum[tiles][tokens][4] = {};
+#pragma unroll 1
+    for (int i = 0; i < num_stages; ++i) {
+      if (streaming) copies_wait<norm ? stages - 1 : stages - 2>();
+      if constexpr (!norm) {
+        if (!whole) {
+          const int ahead = i + stages - 1;
+          if (ahead < num_stages || tile + gridDim.x < num_tiles)
+            fetch_x(ahead < num_stages ? ahead : ahead - num_stages, (x_offset == 0 ? x_end : x_offset) - x_stage);
         }
       }
+      uint4 weights[stage_steps][tiles][2];
+#pragma unroll
+      for (int u = 0; u < stage_steps; ++u)
+#pragma unroll
+        for (int j = 0; j < tiles; ++j)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) weights[u][j][h] = load16(weight_at + (u * weight_step + j * 1024 + h * 512));
+#pragma unroll
+      for (int u = 0; u < stage_steps; ++u)
+#pragma unroll
+        for (int token = 0; token < tokens; ++token) {
+          const int m = token * 8 + g;
+          uint32_t at;
+          if constexpr (norm) {
+            const int k = column(i * stage_steps) + u * step;
+            at = m < p.rows && k < p.k ? x_ring + (m * (p.k + step) + k) * 2 : zeros;
+          } else {
+            at = m < p.rows ? x_at + x_offset + u * x_step + token * (8 * step_bytes) : zeros;
+          }
+          const uint4 b = load16(at);
+#pragma unroll
+          for (int j = 0; j < tiles; ++j) {
+            const uint4 low = weights[u][j][0], high = weights[u][j][1];
+            multiply(T(), sum[j][token], low.x, high.x, low.y, high.y, b.x, b.y);
+            multiply(T(), sum[j][token], low.z, high.z, low.w, high.w, b.z, b.w);
+          }
+        }
+      if (streaming) {
+        fetch_weights(weight_at);
+        copies_commit();
+      }
+      weight_at = weight_at == weight_ring + (stages - 1) * weight_stage ? weight_ring : weight_at + weight_stage;
+      x_offset += x_stage;
+      if (x_offset == x_end) x_offset = 0;
     }
-    if (i + stages < num_stages) fetch_weights(i + stages, slot);
-    copies_commit();
-    slot = slot + 1 == stages ? 0 : slot + 1;
-  }
-  TRACE(4)
 
-  // --- sums of the slices: [slice][token][row of weight], padded so that a fragment's 32 numbers go to 32 banks
-  constexpr int pitch = block_rows + 4;
-  float* partial = reinterpret_cast<float*>(shared);
-  __syncthreads();
+    // --- sums of the slices: [slice][token][row of weight], padded so that a fragment's 32 numbers go to 32 banks
+    constexpr int pitch = tile_rows + 4;
+    float* partial = reinterpret_cast<float*>(shared + place.partial);
+    // The tile before has been read, or, where the sums take the place of the weights, these have.
+    if (place.partial == 0 || tile != static_cast<int>(blockIdx.x)) __syncthreads();
 #pragma unroll
-  for (int j = 0; j < tiles; ++j) {
-    const int row = (gated ? j * groups + group : group * tiles + j) * 16 + g;
+    for (int j = 0; j < tiles; ++j)
 #pragma unroll
-    for (int token = 0; token < tokens; ++token)
+      for (int token = 0; token < tokens; ++token)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int m = token * 8 + t * 2 + c % 2;
-        if (m < p.rows) partial[(local * p.rows + m) * pitch + row + c / 2 * 8] = sum[j][token][c];
-      }
-  }
-  if constexpr (cluster > 1)
-    cluster_sync();
-  else
+        for (int c = 0; c < 4; ++c) {
+          const int m = token * 8 + t * 2 + c % 2;
+          if (m < p.rows) partial[(warp * p.rows + m) * pitch + j * 16 + c / 2 * 8 + g] = sum[j][token][c];
+        }
     __syncthreads();
 
-  // --- outputs: each block of a cluster finishes its share, `width` neighbours a thread
-  using Numbers = std::conditional_t<(cluster > 1), float4, float>;
-  constexpr int width = sizeof(Numbers) / 4;
-  const int share = (gated ? tiles * 8 : tiles * 16) / width;
-  const auto total = [&](int m, int row) {
-    Numbers s[slices];
+    // --- outputs
+    const int bits = gated ? log2_of(tile_rows / 2) : log2_of(tile_rows);
+    const auto total = [&](int m, int row) {
+      float s[slices];
 #pragma unroll
-    for (int i = 0; i < slices; ++i) {
-      const int at = (i % block_slices * p.rows + m) * pitch + row;
-      if constexpr (cluster > 1)
-        s[i] = load_of_rank(base + at * 4, i / block_slices);
-      else
-        s[i] = partial[at];
-    }
-    return add(add(add(s[0], s[1]), add(s[2], s[3])), add(add(s[4], s[5]), add(s[6], s[7])));
-  };
-#pragma unroll (cluster > 1 ? 2 : 1)
-  for (int e = threadIdx.x; e < share * p.rows; e += 32 * warps) {
-    const int m = e / share, row = (rank * share + e % share) * width;
-    const Numbers sums = total(m, row), ups = gated ? total(m, block_rows / 2 + row) : sums;
-    const int64_t at = m * p.out_stride + first + row;
-#pragma unroll
-    for (int c = 0; c < width; ++c) {
-      const int output = first + row + c;
-      if (output >= p.n) break;
-      float v = element(sums, c);
+      for (int i = 0; i < slices; ++i) s[i] = partial[(i * p.rows + m) * pitch + row];
+      return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+    };
+#pragma unroll 1
+    for (int e = threadIdx.x; e < p.rows << bits; e += 32 * warps) {
+      const int m = e >> bits, row = e & (tile_outputs - 1), output = tile * tile_outputs + row;
+      if (output >= p.n) continue;
+      float v = total(m, row);
       if (p.bias) v += p.bias[output];
-      if (gated) v = activate(v, p.kind) * (p.bias ? element(ups, c) + p.bias[p.n + output] : element(ups, c));
+      if (gated) {
+        float up = total(m, tile_rows / 2 + row);
+        if (p.bias) up += p.bias[p.n + output];
+        v = activate(v, p.kind) * up;
+      }
+      const int64_t at = m * p.out_stride + output;
       if (p.float_out)
-        static_cast<float*>(p.out)[at + c] = v;
+        static_cast<float*>(p.out)[at] = v;
       else
-        static_cast<T*>(p.out)[at + c] = T(v);
+        static_cast<T*>(p.out)[at] = T(v);
     }
   }
-  TRACE(5)
-  if constexpr (cluster > 1) cluster_sync();  // a block's shared memory stays until all have read it
 #else
   __trap();
 #endif
@@ -381,79 +370,49 @@ __global__ void __launch_bounds__(norm_threads) norm_kernel(const __grid_constan
 
 // --- host ----------------------------------------------------------------------------------------------------------------------------
 
-template <class T, int block_slices, int tiles, int tokens, int stages, bool norm>
+template <class T, int tiles, int tokens, int stages, bool norm>
 void launch_plan(const char* op, SkinnyParams p, cudaStream_t stream) {
-  constexpr Plan plan = {block_slices, tiles, tokens, stages};
-  constexpr unsigned cluster = slices / block_slices;
-  const auto kernel = skinny_kernel<T, block_slices, tiles, tokens, stages, norm>;
-  const int weight_steps = std::min(p.steps, stages * steps_of(plan));
-  // All activations at once where two blocks of such a size still fit a multiprocessor.
+  constexpr int ring_steps = stages * steps_of({tiles, tokens, stages});
+  const auto kernel = skinny_kernel<T, tiles, tokens, stages, norm>;
+  const auto size = [&] { return layout(tiles, p.weight_steps, p.x_steps, norm, p.rows, p.k).size; };
+  p.weight_steps = ring_steps;
   p.x_steps = p.steps;
-  if (layout(block_slices, tiles, weight_steps, p.x_steps, norm, p.rows, p.k).size > std::min(device().shared_per_block, device().shared_per_sm / 2 - 1024))
-    p.x_steps = std::min(p.steps, stages * steps_of(plan));
-  const int64_t size = layout(block_slices, tiles, weight_steps, p.x_steps, norm, p.rows, p.k).size;
-  const int outputs = p.kind == Activation::none ? rows_of(plan) : rows_of(plan) / 2;
+  // All activations at once where two blocks of such a size still fit a multiprocessor.
+  if (!norm && size() > std::min(device().shared_per_block, device().shared_per_sm / 2 - 1024)) p.x_steps = std::min(p.steps, ring_steps);
+  // A block that norms does it once for several tiles, in as many blocks as there is room for at a time. Without a norm a block for every
+  // tile is faster: blocks that end one after the other make room for the first weights of the next kernel.
+  const int outputs = tiles * (p.kind == Activation::none ? 16 : 8), num_tiles = (p.n + outputs - 1) / outputs;
+  int tiles_each = 1;
+  if (norm) {
+    const int together = device().num_sms * static_cast<int>(std::clamp<int64_t>(device().shared_per_sm / (size() + 1024), 1, 3));
+    tiles_each = (num_tiles + together - 1) / together;
+  }
+  if (tiles_each == 1) p.weight_steps = std::min(p.steps, ring_steps);
+  const dim3 grid(static_cast<unsigned>((num_tiles + tiles_each - 1) / tiles_each));
   // All products ask for the same division of the L1 cache: two kernels share a multiprocessor only if they agree on it.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), op);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(size)), op);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>((p.n + outputs - 1) / outputs) * cluster;
-  config.blockDim = 32 * warps;
-  config.dynamicSmemBytes = static_cast<size_t>(size);
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
-  if (cluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs].val.clusterDim.x = cluster;
-    attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
-    ++config.numAttrs;
-  }
-#ifdef OCTAVO_TUNE
-  if (const char* trace = getenv("SKINNY_TRACE")) {
-    static int count = 0;
-    if (getenv("SKINNY_TRACE_RESET")) count = 0, unsetenv("SKINNY_TRACE_RESET");
-    p.trace = reinterpret_cast<unsigned long long*>(strtoull(trace, nullptr, 10)) + 16 * count++;
-  }
-  if (dependent_launch() && !getenv("SKINNY_NO_PDL")) {
-#else
-  if (dependent_launch()) {
-#endif
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
-    ++config.numAttrs;
-  }
-  config.attrs = attributes;
-  check(cudaLaunchKernelEx(&config, kernel, p), op);
+  launch(op, kernel, grid, 32 * warps, static_cast<size_t>(size()), stream, p);
 }
 
 Plan plan_for(const SkinnyParams& p) {
-  Plan plan = choose(device().capability >= 90, device().shared_per_block >= 128 * 1024, p.kind != Activation::none, p.rows, p.n, p.k);
-#ifdef OCTAVO_TUNE
-  if (const char* forced = getenv("SKINNY_PLAN")) {
-    int a = 0, b = 0, c = 0;
-    if (sscanf(forced, "%d,%d,%d", &a, &b, &c) == 3) {
-      plan.slices = a, plan.tiles = p.kind != Activation::none ? 2 : b, plan.stages = c;
-    }
-  }
-#endif
-  return plan;
+  return choose(device().shared_per_block > 128 * 1024, p.kind != Activation::none, p.rows, p.n, p.k);
 }
 
 template <class T>
 void run(const char* op, const SkinnyParams& p, cudaStream_t stream) {
   const Plan plan = plan_for(p);
-  const bool norm = p.residual != nullptr;
-#define TRY(s, i, m, d) \
-  if (plan == Plan{s, i, m, d} && !norm) return launch_plan<T, s, i, m, d, false>(op, p, stream);
-#define TRY_NORM(s, i, m, d) \
-  if (plan == Plan{s, i, m, d} && norm) return launch_plan<T, s, i, m, d, true>(op, p, stream);
-  TRY(8, 1, 1, 4) TRY(8, 1, 1, 6) TRY(8, 2, 1, 4) TRY_NORM(8, 1, 1, 4) TRY_NORM(8, 1, 1, 6) TRY_NORM(8, 2, 1, 4)
-  TRY(8, 1, 2, 3) TRY(8, 2, 2, 4) TRY(8, 2, 4, 3) TRY(8, 2, 8, 2)
-  TRY(2, 2, 4, 4) TRY(2, 2, 8, 4) TRY(1, 1, 4, 8) TRY(1, 1, 8, 8)
-#ifdef OCTAVO_TUNE
-  TRY(4, 2, 1, 4) TRY(4, 2, 2, 4) TRY(4, 2, 4, 4) TRY(4, 2, 8, 3) TRY(2, 2, 2, 4) TRY(1, 1, 2, 8) TRY(8, 2, 1, 6) TRY(8, 2, 1, 3) TRY(8,2,4,2) TRY(2,2,8,2) TRY(1,1,8,4) TRY(8,2,2,2)
-#endif
-  throw std::runtime_error(std::string(op) + ": no kernel for a plan");
+  if (p.residual) {
+    if (plan == Plan{1, 1, 4}) return launch_plan<T, 1, 1, 4, true>(op, p, stream);
+    if (plan == Plan{1, 1, 6}) return launch_plan<T, 1, 1, 6, true>(op, p, stream);
+    return launch_plan<T, 2, 1, 4, true>(op, p, stream);
+  }
+  if (plan == Plan{1, 1, 4}) return launch_plan<T, 1, 1, 4, false>(op, p, stream);
+  if (plan == Plan{1, 1, 6}) return launch_plan<T, 1, 1, 6, false>(op, p, stream);
+  if (plan == Plan{2, 1, 4}) return launch_plan<T, 2, 1, 4, false>(op, p, stream);
+  if (plan == Plan{1, 2, 3}) return launch_plan<T, 1, 2, 3, false>(op, p, stream);
+  if (plan == Plan{2, 2, 4}) return launch_plan<T, 2, 2, 4, false>(op, p, stream);
+  if (plan == Plan{2, 4, 3}) return launch_plan<T, 2, 4, 3, false>(op, p, stream);
+  return launch_plan<T, 2, 8, 2, false>(op, p, stream);
 }
 
 Activation activation_of(const Contract& c, std::string_view kind) {
@@ -507,13 +466,9 @@ void dispatch(const char* op, const SkinnyParams& p, DType act) {
 
 // The most rows that every thread block norms for itself: what its threads can hold, which is also where it stops to pay.
 bool norm_inside(const SkinnyParams& p) {
-#ifdef OCTAVO_TUNE
-  if (getenv("SKINNY_APART")) return false;
-#endif
   const Plan plan = plan_for(p);
-  const int steps = std::min(p.steps, plan.stages * steps_of(plan));
   return p.rows <= 2 && p.rows * ((p.k / 4 + norm_threads - 1) / norm_threads) <= norm_slots &&
-         layout(plan.slices, plan.tiles, steps, steps, true, p.rows, p.k).size <= device().shared_per_block;
+         layout(plan.tiles, plan.stages * steps_of(plan), 0, true, p.rows, p.k).size <= device().shared_per_block;
 }
 
 void norm_then(const Contract& c, const char* op, SkinnyParams p, const Tensor& total, const Tensor& residual, const Tensor& delta,

@@ -118,6 +118,11 @@ __global__ void __launch_bounds__(block_threads) head_kernel(const HeadParams p)
     load_some<vec>(c, table, pairs);
     load_some<vec>(s, table + p.rotary / 2, pairs);
   }
+  if (normed && p.offset != 0.0f)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) w[i][e] += p.offset;
   const bool to_cache = static_cast<uint64_t>(slot) < static_cast<uint64_t>(p.num_slots);
   Cache* cache = static_cast<Cache*>(is_k ? p.k_cache : p.v_cache) + ((to_cache ? slot : 0) * p.kv_heads + kv_head) * p.dim;
 
@@ -140,7 +145,7 @@ __global__ void __launch_bounds__(block_threads) head_kernel(const HeadParams p)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
-          for (int e = 0; e < 8; ++e) y[i][e] = __fmul_rn(__fmul_rn(y[i][e], factor), __fadd_rn(w[i][e], p.offset));
+          for (int e = 0; e < 8; ++e) y[i][e] = __fmul_rn(__fmul_rn(y[i][e], factor), w[i][e]);
       }
     }
 
@@ -206,11 +211,7 @@ HeadParams head_params(const Contract& c, const Tensor& q, const Tensor& k, cons
 }
 
 // Heads that a group of lanes takes one after another where there are many tokens.
-template <class T>
-#ifndef HEADS
-#define HEADS 4
-#endif
-constexpr int heads_at_once = sizeof(T) == 2 ? HEADS : 2;
+constexpr int heads_at_once = 2;
 
 void start_heads(const Contract& c, const char* op, HeadParams& p, int64_t tokens, int heads, DType act, DType cache) {
   const int64_t threads = tokens * heads * p.lanes;
@@ -219,10 +220,12 @@ void start_heads(const Contract& c, const char* op, HeadParams& p, int64_t token
   with_cache(act, cache, [&](auto x, auto kv) {
     using T = typename decltype(x)::type;
     using Cache = typename decltype(kv)::type;
-    constexpr int many = heads_at_once<T>;
-    const bool several = p.vec && p.q_heads % many == 0 && p.kv_heads % many == 0 && threads > 2048 * int64_t{device().num_sms};
-    const auto kernel = several ? head_kernel<T, Cache, true, many> : p.vec ? head_kernel<T, Cache, true, 1> : head_kernel<T, Cache, false, 1>;
-    const int count = several ? many : 1;
+    const bool even = p.q_heads % heads_at_once == 0 && p.kv_heads % heads_at_once == 0;
+    const bool several = p.vec && even && threads > 2048 * int64_t{device().num_sms};  // more than one wave
+    const auto kernel = several ? head_kernel<T, Cache, true, heads_at_once>
+                        : p.vec ? head_kernel<T, Cache, true, 1>
+                                : head_kernel<T, Cache, false, 1>;
+    const int count = several ? heads_at_once : 1;
     p.heads = Divider(heads / count);
     p.groups = static_cast<uint32_t>(tokens * (heads / count));
     const auto blocks = static_cast<unsigned>((threads / count + block_threads - 1) / block_threads);
@@ -233,6 +236,8 @@ void start_heads(const Contract& c, const char* op, HeadParams& p, int64_t token
 void check_scales(const Contract& c, const Tensor& cache, double k_scale, double v_scale) {
   c.require(cache.dtype == e4m3 || (k_scale == 1 && v_scale == 1), "k_scale = %g and v_scale = %g, but a cache of this type has no scales", k_scale,
             v_scale);
+  const auto sane = [](double scale) { return scale > 1e-18 && scale < 1e18; };
+  c.require(sane(k_scale) && sane(v_scale), "k_scale = %g and v_scale = %g, but both must be positive numbers", k_scale, v_scale);
 }
 
 // --- rows by slot -------------------------------------------------------------------------------------------------------------------
@@ -321,7 +326,8 @@ void run_slots(const char* op, const Tensor& key, const Tensor& value, const Ten
   p.width = static_cast<int>(width);
   p.k_scale = static_cast<float>(k_scale);
   p.v_scale = static_cast<float>(v_scale);
-  p.vec = width % 8 == 0 && aligned(key, 16, p.key_stride) && aligned(value, 16, p.value_stride) && aligned(k_cache, 16, 0) && aligned(v_cache, 16, 0);
+  p.vec = width % 8 == 0 && aligned(key, 16, p.key_stride) && aligned(value, 16, p.value_stride) && aligned(k_cache, 16, 0) &&
+          aligned(v_cache, 16, 0);
   const unsigned blocks = (p.chunks + block_threads - 1) / block_threads;
   with_cache(key.dtype, k_cache.dtype, [&](auto x, auto kv) {
     using T = typename decltype(x)::type;
@@ -414,8 +420,8 @@ void check_in_host_memory(const Contract& c, const Tensor& pairs, const char* op
 void check_pairs(const Contract& c, const int32_t* pairs, int64_t num_pairs, int64_t src_blocks, int64_t dst_blocks) {
   for (int64_t i = 0; i < num_pairs; ++i)
     c.require(pairs[2 * i] >= 0 && pairs[2 * i] < src_blocks && pairs[2 * i + 1] >= 0 && pairs[2 * i + 1] < dst_blocks,
-              "pairs[%lld] = (%d, %d), but there are %lld source and %lld destination blocks", static_cast<long long>(i), pairs[2 * i], pairs[2 * i + 1],
-              static_cast<long long>(src_blocks), static_cast<long long>(dst_blocks));
+              "pairs[%lld] = (%d, %d), but there are %lld source and %lld destination blocks", static_cast<long long>(i), pairs[2 * i],
+              pairs[2 * i + 1], static_cast<long long>(src_blocks), static_cast<long long>(dst_blocks));
 }
 
 // The destinations in order; two copies into one block would race.

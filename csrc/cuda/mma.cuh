@@ -118,8 +118,14 @@ __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float low, float high) 
 
 template <>
 __device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+#else
   const __half2 h = __floats2half2_rn(low, high);
   return static_cast<uint32_t>(__half_as_ushort(__low2half(h))) | static_cast<uint32_t>(__half_as_ushort(__high2half(h))) << 16;
+#endif
 }
 
 // Two e4m3 values in the low 16 bits, as two float16: exact. Before 8.9 there is no instruction for it: the bits are moved to the place

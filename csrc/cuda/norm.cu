@@ -7,9 +7,9 @@
 // whichever form of the kernel was chosen for their number:
 //   wide: a thread has eight elements, which is quickest for a few rows; the norm's weights are loaded before the kernel waits for
 //         the one that makes its input.
-//   deep: a thread has up to four times eight elements, so that few threads keep much in flight, for many rows.
+//   deep: a thread has up to twice eight elements, so that few threads keep much in flight, for many rows.
 //   single: as wide, but element by element, for rows that cannot be loaded in vectors.
-// What exceeds the registers (rows over 16384 elements) is read again from memory instead.
+// What exceeds the registers (rows over 8192 elements) is read again from memory instead.
 #include "common/check.h"
 #include "launch.h"
 #include "ops.h"
@@ -20,11 +20,7 @@ namespace {
 
 constexpr int segment_size = 256;  // elements that one warp sums with one butterfly
 constexpr int max_warps = 16;      // in a thread block
-#ifndef DEEP
-#define DEEP 2
-#endif
-constexpr int deep = DEEP;            // times eight elements that a thread of the deep form has
-constexpr float e4m3_max = 448.0f;
+constexpr int deep = 2;            // times eight elements that a thread of the deep form has
 
 struct Params {
   void* out;           // [T, N, H]
@@ -38,7 +34,8 @@ struct Params {
   Divider inner;                                                      // by N
   int width, segments;
   int group, fold;  // lanes that share a segment; lanes that share the segments' sums
-  float inverse, eps, offset;  // inverse: 1 / H
+  float inverse, last_inverse;  // 1 / H, and one over the elements of the last segment
+  float eps, offset;
   DType weight_type, bias_type;
   bool vec;
 };
@@ -102,12 +99,27 @@ __device__ __forceinline__ void load_weight(float (&v)[depth][8], const void* ro
     load(Type<Fp16>{});
 }
 
+__device__ __forceinline__ float sum_of_squares(const float* e) {
+  float low = 0.0f, high = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    low = __fmaf_rn(e[i], e[i], low);
+    high = __fmaf_rn(e[4 + i], e[4 + i], high);
+  }
+  return __fadd_rn(low, high);
+}
+
+// One over the number of elements of a segment; only the last may have fewer than the others.
+__device__ __forceinline__ float inverse_size(const Params& p, int segment) {
+  return segment == p.segments - 1 ? p.last_inverse : 1.0f / segment_size;
+}
+
 template <class X, class R, class Out, bool layer, int depth, bool vec>
 __global__ void __launch_bounds__(32 * max_warps, 1) norm_kernel(const Params p) {
   constexpr bool adds = !std::is_same_v<R, None>, fp8 = std::is_same_v<Out, E4m3>;
   constexpr bool split = std::is_same_v<X, float> || std::is_same_v<R, float>;
   using Stream = std::conditional_t<adds, R, X>;  // what is normed
-  extern __shared__ float shared[];               // [segments], [segments], [max_warps]
+  extern __shared__ float shared[];               // of each row of the thread block: [2 * segments + max_warps]
 
   dependents_start();
   const int group = depth > 1 ? 32 : p.group;  // several segments fill warps
@@ -188,124 +200,171 @@ __global__ void __launch_bounds__(32 * max_warps, 1) norm_kernel(const Params p)
     }
   };
 
-  // The sum over the row of what `part` makes of a lane's eight elements, in every thread.
-  const auto total = [&](bool added, float* sums, const auto& part) {  // sums: [segments] in shared memory
+  // What the warps of a row tell each other, and the sum of value(segment) over the row's segments, in every thread.
+  float* sums = shared + threadIdx.y * (2 * p.segments + max_warps);  // [segments]
+  [[maybe_unused]] float* squares = sums + p.segments;                // [segments]
+  [[maybe_unused]] float* of_warp = squares + p.segments;             // [max_warps]
+  const auto fold = [&](const auto& value) {
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int s = lane & (p.fold - 1); s < p.segments; s += 32) sum = __fadd_rn(sum, value(s));
+    return lanes_sum(sum, p.fold);
+  };
+  const auto largest = [](float most, const float* e) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(e[i]));
+    return most;
+  };
+  const auto largest_of_warps = [&](float most) { return warps == 1 ? most : lanes_max(lane < warps ? of_warp[lane] : 0.0f, 32); };
+
+  float y[depth][8], mean = 0.0f, square, most = 0.0f;
+  if constexpr (!layer) {
     float own[depth];
+    // An 8-bit output needs the largest of x * weight; what that is divided by follows from the same sums, so one barrier does.
+    const auto weighted = [&](float* e, const float* weight) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) e[i] = __fmul_rn(e[i], weight[i]);
+      most = largest(most, e);
+    };
+    if (p.offset != 0.0f)
+#pragma unroll
+      for (int i = 0; i < depth; ++i)
+#pragma unroll
+        for (int e = 0; e < 8; ++e) w[i][e] += p.offset;
 #pragma unroll
     for (int i = 0; i < depth; ++i) {
-      float e[8];
-      v[i].unpack(e);
-      own[i] = part(e, first + i * step);
-      v[i].forget();
+      v[i].unpack(y[i]);
+      own[i] = sum_of_squares(y[i]);
+      if constexpr (fp8)
+        weighted(y[i], w[i]);
+      else
+        v[i].forget();
     }
 #pragma unroll
     for (int i = 0; i < depth; ++i) {
       own[i] = lanes_sum(own[i], group);
-      const int s = warp + i * warps;
-      if (warps > 1 && lane == 0 && s < p.segments) sums[s] = own[i];
+      if (lane == 0 && warp + i * warps < p.segments) sums[warp + i * warps] = own[i];
     }
-    if (p.segments == 1) return own[0];
-    const int slot = lane & (p.fold - 1);
-    float sum = 0.0f;
-    if (warps > 1) {
-      beyond(added, [&](int s, int at, const float* e) {
-        const float one = lanes_sum(part(e, at), group);
-        if (lane == 0) sums[s] = one;
-      });
-      __syncthreads();
-#pragma unroll 1
-      for (int s = slot; s < p.segments; s += 32) sum = __fadd_rn(sum, sums[s]);
-    } else {  // one warp has every segment
+    beyond(false, [&](int s, int at, float* e) {
+      const float one = lanes_sum(sum_of_squares(e), group);
+      if (lane == 0) sums[s] = one;
+      if constexpr (fp8) {
+        float weight[1][8];
+        load_weight<split, vec>(weight, p.weight, p.weight_type, at, 0, width);
 #pragma unroll
-      for (int i = 0; i < depth; ++i) sum = slot == i && i < p.segments ? __fadd_rn(0.0f, own[i]) : sum;
-    }
-    return lanes_sum(sum, p.fold);
-  };
-
-  float mean = 0.0f;
-  if constexpr (layer) {
-    const float sum = total(false, shared, [](const float* e, int) {
-      return __fadd_rn(__fadd_rn(__fadd_rn(e[0], e[1]), __fadd_rn(e[2], e[3])), __fadd_rn(__fadd_rn(e[4], e[5]), __fadd_rn(e[6], e[7])));
-    });
-    mean = __fmul_rn(sum, p.inverse);
-  }
-  const float squares = total(layer, shared + (layer ? p.segments : 0), [&](const float* e, int at) {
-    float low = 0.0f, high = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float a = e[i], c = e[4 + i];
-      if constexpr (layer) {  // what lies past the end is no part of the variance
-        a = at + i < width ? __fsub_rn(a, mean) : 0.0f;
-        c = at + second_quad<split> + i < width ? __fsub_rn(c, mean) : 0.0f;
+        for (int i = 0; i < 8; ++i) weight[0][i] += p.offset;
+        weighted(e, weight[0]);
       }
-      low = __fmaf_rn(a, a, low);
-      high = __fmaf_rn(c, c, high);
+    });
+    if constexpr (fp8) {
+      most = lanes_max(most, group);
+      if (lane == 0) of_warp[warp] = most;
     }
-    return __fadd_rn(low, high);
-  });
-  const float factor = rsqrtf(__fadd_rn(__fmul_rn(squares, p.inverse), p.eps));
+    square = own[0];
+    if (p.segments > 1) {
+      __syncthreads();
+      square = fold([&](int s) { return sums[s]; });
+    }
+    if constexpr (fp8) most = largest_of_warps(most);
+  } else {
+    // The moments of the segments, each about its own mean, and then those of the row (Chan, Golub and LeVeque, Updating Formulae, 1979):
+    // no cancellation, and one barrier.
+    const auto moments = [&](const float* e, int s, int at, float& sum, float& about) {
+      const float low = __fadd_rn(__fadd_rn(e[0], e[1]), __fadd_rn(e[2], e[3])), high = __fadd_rn(__fadd_rn(e[4], e[5]), __fadd_rn(e[6], e[7]));
+      sum = lanes_sum(__fadd_rn(low, high), group);
+      const float center = __fmul_rn(sum, inverse_size(p, s));
+      float d[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {  // what lies past the end counts as no distance; with vectors that is a quad or none
+        const int quad = i < 4 ? at : at + second_quad<split>;
+        d[i] = (vec ? quad : quad + i % 4) < width ? __fsub_rn(e[i], center) : 0.0f;
+      }
+      about = lanes_sum(sum_of_squares(d), group);
+    };
+    float sum[depth], about[depth];
+#pragma unroll
+    for (int i = 0; i < depth; ++i) {
+      const int s = warp + i * warps;
+      v[i].unpack(y[i]);
+      moments(y[i], s, first + i * step, sum[i], about[i]);
+      v[i].forget();
+      if (lane == 0 && s < p.segments) sums[s] = sum[i], squares[s] = about[i];
+    }
+    beyond(false, [&](int s, int at, float* e) {
+      float one, two;
+      moments(e, s, at, one, two);
+      if (lane == 0) sums[s] = one, squares[s] = two;
+    });
+    mean = __fmul_rn(sum[0], p.inverse);
+    square = about[0];
+    if (p.segments > 1) {
+      __syncthreads();
+      mean = __fmul_rn(fold([&](int s) { return sums[s]; }), p.inverse);
+      square = fold([&](int s) {
+        const float size = static_cast<float>(min(segment_size, p.width - s * segment_size));
+        const float apart = __fsub_rn(__fmul_rn(sums[s], inverse_size(p, s)), mean);
+        return __fmaf_rn(__fmul_rn(apart, apart), size, squares[s]);
+      });
+    }
+  }
+  const float factor = rsqrtf(__fmaf_rn(square, p.inverse, p.eps));
 
   // Past the end of the row everything is zero, weights and bias too, and stays it.
-  const auto norm = [&](float* e, const float* weight, const float* bias) {
+  const auto norm = [&](float* e, const float* weight, const float* bias, float by) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if constexpr (layer)
-        e[i] = __fmaf_rn(__fmul_rn(__fsub_rn(e[i], mean), factor), weight[i], bias[i]);
+        e[i] = __fmaf_rn(__fmul_rn(__fsub_rn(e[i], mean), by), weight[i], bias[i]);
       else
-        e[i] = __fmul_rn(__fmul_rn(e[i], factor), __fadd_rn(weight[i], p.offset));
+        e[i] = __fmul_rn(__fmul_rn(e[i], by), weight[i]);
     }
   };
-  const auto norm_beyond = [&](float* e, int at) {
+  const auto norm_beyond = [&](float* e, int at, float by) {
     float weight[1][8], bias[1][8] = {};
     load_weight<split, vec>(weight, p.weight, p.weight_type, at, 0, width);
     if (layer && p.bias) load_weight<split, vec>(bias, p.bias, p.bias_type, at, 0, width);
-    norm(e, weight[0], bias[0]);
+    if constexpr (!layer)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) weight[0][i] += p.offset;
+    norm(e, weight[0], bias[0], by);
   };
   if constexpr (depth > 1) load_bias();
-  float y[depth][8];
+  if constexpr (!fp8 || layer) {
 #pragma unroll
-  for (int i = 0; i < depth; ++i) {
-    v[i].unpack(y[i]);
-    norm(y[i], w[i], b[i]);
-    if constexpr (!fp8) store_row<split, vec>(out, y[i], first + i * step, width);
-  }
-
-  if constexpr (!fp8) {
-    beyond(true, [&](int, int at, float* e) {
-      norm_beyond(e, at);
-      store_row<split, vec>(out, e, at, width);
-    });
-  } else {
-    float most = 0.0f;
-    const auto largest = [&](const float* e) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(e[i]));
-    };
-#pragma unroll
-    for (int i = 0; i < depth; ++i) largest(y[i]);
-    beyond(true, [&](int, int at, float* e) {
-      norm_beyond(e, at);
-      largest(e);
-    });
-    most = lanes_max(most, group);
-    if (warps > 1) {
-      float* of_warp = shared + 2 * p.segments;
-      if (lane == 0) of_warp[warp] = most;
-      __syncthreads();
-      most = lanes_max(lane < warps ? of_warp[lane] : 0.0f, 32);
+    for (int i = 0; i < depth; ++i) {
+      v[i].unpack(y[i]);
+      norm(y[i], w[i], b[i], factor);
+      if constexpr (!fp8) store_row<split, vec>(out, y[i], first + i * step, width);
     }
-    const float scale = most > 0.0f ? __fdiv_rn(most, e4m3_max) : 1.0f;
-    if (there && threadIdx.x == 0) p.scale[row] = scale;
-    const Quotient scaled(scale);
+    beyond(true, [&](int, int at, float* e) {
+      norm_beyond(e, at, factor);
+      if constexpr (fp8)
+        most = largest(most, e);
+      else
+        store_row<split, vec>(out, e, at, width);
+    });
+  }
+  if constexpr (fp8) {
+    if constexpr (layer) {
+#pragma unroll
+      for (int i = 0; i < depth; ++i) most = largest(most, y[i]);
+      most = lanes_max(most, group);
+      if (lane == 0) of_warp[warp] = most;
+      if (warps > 1) __syncthreads();
+      most = largest_of_warps(most);
+    }
+    const float size = layer ? most : __fmul_rn(most, factor);
+    if (there && threadIdx.x == 0) p.scale[row] = size > 0.0f ? __fdiv_rn(size, e4m3_max) : 1.0f;
+    const float to_e4m3 = e4m3_factor(most);
     const auto store = [&](float* e, int at) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) e[i] = scaled(e[i]);
+      for (int i = 0; i < 8; ++i) e[i] = __fmul_rn(e[i], to_e4m3);
       store_row<split, vec>(out, e, at, width);
     };
 #pragma unroll
     for (int i = 0; i < depth; ++i) store(y[i], first + i * step);
     beyond(true, [&](int, int at, float* e) {
-      norm_beyond(e, at);
+      norm_beyond(e, at, layer ? factor : 1.0f);
       store(e, at);
     });
   }
@@ -331,7 +390,7 @@ Shape choose(const Params& p) {
   const int warps = deep_form ? (segments + deep - 1) / deep : segments;
   const int threads = segments == 1 ? p.group : 32 * (warps < max_warps ? warps : max_warps);
   const int rows = threads <= 32 ? 128 / threads : 1;
-  return {deep_form, dim3(static_cast<unsigned>((p.rows + rows - 1) / rows)), dim3(threads, rows), (2 * segments + max_warps) * sizeof(float)};
+  return {deep_form, dim3(static_cast<unsigned>((p.rows + rows - 1) / rows)), dim3(threads, rows), rows * (2 * segments + max_warps) * sizeof(float)};
 }
 
 template <class X, class R, class Out, bool layer>
@@ -390,7 +449,8 @@ Params check_norm(const Call& call) {
   const int lanes = (p.width + (split ? 4 : 8) - 1) / (split ? 4 : 8);
   p.group = lanes < 32 ? power_of_two(lanes) : 32;
   p.fold = p.segments < 32 ? power_of_two(p.segments) : 32;
-  p.inverse = width > 0 ? 1.0f / static_cast<float>(width) : 0.0f;
+  p.inverse = 1.0f / static_cast<float>(width > 0 ? width : 1);
+  p.last_inverse = 1.0f / static_cast<float>(width > 0 ? p.width - (p.segments - 1) * segment_size : 1);
   p.eps = static_cast<float>(eps);
   p.offset = static_cast<float>(offset);
   p.weight_type = weight.dtype;

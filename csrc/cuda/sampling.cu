@@ -4,7 +4,7 @@
 //   greedy: one, for the best place;
 //   temperature and min_p: a second one for the sums of the weights, and a walk through the one warp's run that holds the token;
 //   top_k, top_p: the second pass also fills a histogram of log2(weight), which says how far down the border can lie. If at most
-//     2048 tokens are that good, the first block sorts them and finishes alone; else the border is searched for with exact sums over
+//     2048 tokens are that good, the first block ranks them and finishes alone; else the border is searched for with exact sums over
 //     the few bins that can hold it, and a last pass sums what is kept.
 // A parameter that the CPU kernel would refuse gives token -1. The random numbers are Philox4x32-10 (Salmon, Moraes, Dror, Shaw,
 // "Parallel random numbers: as easy as 1, 2, 3", 2011). Invariant: a row's token comes from that row's inputs alone, by the bit.
@@ -28,6 +28,8 @@ __device__ __forceinline__ float penalised(float x, int count, bool prompt, floa
   return __fsub_rn(__fsub_rn(x, __fmul_rn(frequency, static_cast<float>(count))), said ? presence : 0.0f);
 }
 
+// `flat_loads` vectors a thread: several where there is much to read, one where many blocks are worth more.
+template <int flat_loads>
 __global__ void __launch_bounds__(flat_threads)
     penalties_kernel(float* logits,              // [S, V], rows logits_stride apart
                      const int32_t* counts,      // [P, V], rows counts_stride apart
@@ -46,20 +48,30 @@ __global__ void __launch_bounds__(flat_threads)
   logits += s * logits_stride;
   counts += slot * counts_stride;
   prompt += slot * prompt_stride;
-  const int64_t begin = (static_cast<int64_t>(blockIdx.x) * flat_threads + threadIdx.x) * flat_tokens;
-  if (aligned && begin + flat_tokens <= vocab) {
-    // Most tokens were never seen: their logits are neither read nor written.
-    const int4 n = *reinterpret_cast<const int4*>(counts + begin);
-    const uchar4 p = *reinterpret_cast<const uchar4*>(prompt + begin);
-    if (!(n.x | n.y | n.z | n.w | p.x | p.y | p.z | p.w)) return;
-    float4 x = *reinterpret_cast<const float4*>(logits + begin);
-    x.x = penalised(x.x, n.x, p.x, factor, each, once);
-    x.y = penalised(x.y, n.y, p.y, factor, each, once);
-    x.z = penalised(x.z, n.z, p.z, factor, each, once);
-    x.w = penalised(x.w, n.w, p.w, factor, each, once);
-    *reinterpret_cast<float4*>(logits + begin) = x;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * flat_loads * flat_threads, stride = flat_threads * flat_tokens;
+  const int64_t begin = (first + threadIdx.x) * flat_tokens;
+  if (aligned && (first + flat_loads * flat_threads) * flat_tokens <= vocab) {
+    int4 n[flat_loads];
+    uchar4 p[flat_loads];
+#pragma unroll
+    for (int i = 0; i < flat_loads; ++i) {
+      n[i] = *reinterpret_cast<const int4*>(counts + begin + i * stride);
+      p[i] = *reinterpret_cast<const uchar4*>(prompt + begin + i * stride);
+    }
+#pragma unroll
+    for (int i = 0; i < flat_loads; ++i) {
+      // Most tokens were never seen: their logits are neither read nor written.
+      if (!(n[i].x | n[i].y | n[i].z | n[i].w | p[i].x | p[i].y | p[i].z | p[i].w)) continue;
+      float4 x = *reinterpret_cast<const float4*>(logits + begin + i * stride);
+      x.x = penalised(x.x, n[i].x, p[i].x, factor, each, once);
+      x.y = penalised(x.y, n[i].y, p[i].y, factor, each, once);
+      x.z = penalised(x.z, n[i].z, p[i].z, factor, each, once);
+      x.w = penalised(x.w, n[i].w, p[i].w, factor, each, once);
+      *reinterpret_cast<float4*>(logits + begin + i * stride) = x;
+    }
   } else {
-    for (int64_t i = begin; i < vocab && i < begin + flat_tokens; ++i) logits[i] = penalised(logits[i], counts[i], prompt[i], factor, each, once);
+    for (int64_t i = first * flat_tokens + threadIdx.x; i < vocab && i < (first + flat_loads * flat_threads) * flat_tokens; i += flat_threads)
+      if (counts[i] != 0 || prompt[i]) logits[i] = penalised(logits[i], counts[i], prompt[i], factor, each, once);
   }
 }
 
@@ -116,7 +128,8 @@ __device__ Word mass_of_step(const Slice<resident>& slice, const Weigher& weigh,
 // The token whose weight, in order of ids, brings the running sum above floor(u * total). Every warp has told its mass as value 0;
 // the one that holds the token walks through its run and writes it.
 template <bool resident>
-__device__ void draw(const Team& team, const Slice<resident>& slice, const Weigher& weigh, const Border& border, uint32_t fraction, int32_t* token) {
+__device__ void draw(const Team& team, const Slice<resident>& slice, const Weigher& weigh, const Border& border, uint32_t fraction,
+                     int32_t* token) {
   const Word total = team.sum(0), before = team.before(0), mine = team.shared.table[team.turn][0][team.rank * row_warps + team.warp];
   const Word target = share_of(total, fraction);
   if (target < before || target - before >= mine) return;
@@ -153,7 +166,8 @@ __device__ void draw(const Team& team, const Slice<resident>& slice, const Weigh
 
 // The first block has `count` candidates in its list, all that can be kept: cut them to the best `limit`, to top_p, and draw.
 // top_p is a share of the mass of the best `limit`, or of `row_mass` where there is no limit (0).
-__device__ void draw_from_list(Team& team, int count, int limit, Word row_mass, const Weigher& weigh, float top_p, uint32_t fraction, int32_t* token) {
+__device__ void draw_from_list(Team& team, int count, int limit, Word row_mass, const Weigher& weigh, float top_p, uint32_t fraction,
+                               int32_t* token) {
   Word* list = team.shared.list;
   const auto weight = [&](uint32_t order) { return fixed(weigh(logit_of(order))); };
   const bool limited = limit > 0;
@@ -227,11 +241,11 @@ struct SampleArguments {
   const int32_t* index;      // [S]
   const int32_t* positions;  // [S]
   int64_t stride;
-  int vocab, segment;
+  int vocab, segment;  // segment: launch_rows
 };
 
 template <bool resident>
-__global__ void __launch_bounds__(row_threads, resident ? 2 : 1) sample_kernel(const SampleArguments a) {
+__global__ void __launch_bounds__(row_threads, resident ? resident_blocks : 1) sample_kernel(const SampleArguments a) {
   extern __shared__ __align__(128) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   Team team(shared);
@@ -265,16 +279,15 @@ __global__ void __launch_bounds__(row_threads, resident ? 2 : 1) sample_kernel(c
   const Word mine[1] = {mass_from(slice, weigh, least, [&](const float(&x)[4], int, const float(&e)[4]) { count_bins(shared, x, least, e); })};
   team.tell<true>(mine);
   Word total = team.sum(0);
-  const uint2 counts = team.histogram_of_team();
   const uint32_t need = top_k > 0 ? top_k : 0;
   const bool nucleus = top_p < 1;
-  const Bins found = find_bins(team, counts, need, nucleus ? goal_of(top_p, total) : -1, static_cast<double>(total));
-  const bool few = need > 0 && found.through > 0;  // else there are fewer than top_k weights
+  find_bins(team, true, need, nucleus ? goal_of(top_p, total) : -1, static_cast<double>(total));
+  const Found found(team);
+  const bool few = need > 0 && found.through() > 0;  // else there are fewer than top_k weights
 
-  const int last = few ? found.count_bin : found.high;
-  const uint32_t candidates = few ? found.through : found.high_through;
+  const int last = few ? found.count_bin() : found.sure().high;
+  const uint32_t candidates = few ? found.through() : found.sure_through();
   if ((few || nucleus) && candidates <= list_size) {
-    team.before_leaving();
     send_to_list(team, slice, [&](float x, int) {
       const float e = weigh.exponent(x);
       return Weigher::bin_place(e) < last + 1 && e > least_exponent && x >= least;
@@ -287,21 +300,23 @@ __global__ void __launch_bounds__(row_threads, resident ? 2 : 1) sample_kernel(c
         draw_from_list(team, static_cast<int>(candidates), few ? top_k : 0, total, weigh, top_p, fraction, token);
       }
     }
-    return team.leave();
+    return;
   }
-  Bins range = found;
   if (few) {
-    border = find_border(team, slice, weigh, border, last, last, found.through - found.before, need, found.before, 0, total);
-    if (nucleus) range = find_bins(team, counts, 0, goal_of(top_p, total), static_cast<double>(total));
+    const Range bin = {last, last, found.through() - found.before()};
+    border = find_border(team, slice, weigh, border, bin, bin, need, found.before(), 0, total);
   }
   if (nucleus) {
-    // After a cut by number its bin holds fewer tokens than were counted.
-    const bool whole = !few || range.high < last;
-    const int high = few ? min(range.high, last) : range.high;
-    border = find_border(team, slice, weigh, border, min(range.low, high), high, whole ? range.inside : list_size + 1, 0, 0,
-                         goal_of(top_p, total), total);
+    Range likely = found.likely(), sure = found.sure();
+    if (few) {
+      find_bins(team, false, 0, goal_of(top_p, total), static_cast<double>(total));
+      sure = found.sure();
+      // The last bin now has fewer tokens than were counted.
+      if (sure.high >= last) sure = {min(sure.low, last), last, list_size + 1};
+      likely = sure;
+    }
+    border = find_border(team, slice, weigh, border, likely, sure, 0, 0, goal_of(top_p, total), total);
   }
-  // Also where nothing is cut: nobody may leave while others read its histogram.
   const Word kept[1] = {mass_within(slice, weigh, border)};
   team.tell(kept);
   draw(team, slice, weigh, border, fraction, token);
@@ -326,11 +341,13 @@ void penalties(const Tensor& logits, const Tensor& counts, const Tensor& prompt_
     return reinterpret_cast<uintptr_t>(t.data) % bytes == 0 && (t.size[0] == 1 || t.stride[0] % flat_tokens == 0);
   };
   const bool aligned = even(logits, 16) && even(counts, 16) && even(prompt_mask, 4);
-  const int64_t per_block = flat_threads * flat_tokens;
-  launch("penalties", penalties_kernel, dim3(static_cast<unsigned>((vocab + per_block - 1) / per_block), static_cast<unsigned>(num_rows)),
-         dim3(flat_threads), 0, current_stream(), logits.ptr<float>(), counts.ptr<const int32_t>(), prompt_mask.ptr<const uint8_t>(),
-         slots.ptr<const int32_t>(), repetition.ptr<const float>(), frequency.ptr<const float>(), presence.ptr<const float>(), logits.stride[0],
-         counts.stride[0], prompt_mask.stride[0], vocab, c['P'], aligned);
+  const bool large = num_rows * vocab >= 1 << 23;
+  const int64_t per_block = flat_threads * flat_tokens * (large ? 4 : 1);
+  const dim3 grid(static_cast<unsigned>((vocab + per_block - 1) / per_block), static_cast<unsigned>(num_rows));
+  launch("penalties", large ? penalties_kernel<4> : penalties_kernel<1>, grid, dim3(flat_threads), 0, current_stream(),
+         logits.ptr<float>(), counts.ptr<const int32_t>(), prompt_mask.ptr<const uint8_t>(), slots.ptr<const int32_t>(),
+         repetition.ptr<const float>(), frequency.ptr<const float>(), presence.ptr<const float>(), logits.stride[0], counts.stride[0],
+         prompt_mask.stride[0], vocab, c['P'], aligned);
 }
 
 void count_tokens(const Tensor& counts, const Tensor& slots, const Tensor& tokens) {
@@ -359,12 +376,11 @@ void sample(const Tensor& tokens, const Tensor& logits, const Tensor& temperatur
   c.require(c['V'] <= largest_vocab, "a vocabulary of %lld is larger than %d", static_cast<long long>(c['V']), largest_vocab);
   c.require(c['S'] <= 1 << 24, "%lld rows are more than 2^24", static_cast<long long>(c['S']));
   if (c['S'] == 0) return;
-  const RowPlan plan = plan_rows(c['V']);
   const SampleArguments arguments = {tokens.ptr<int32_t>(),      logits.ptr<const float>(),  temperature.ptr<const float>(),
                                      top_k.ptr<const int32_t>(), top_p.ptr<const float>(),   min_p.ptr<const float>(),
                                      seeds.ptr<const int64_t>(), index.ptr<const int32_t>(), positions.ptr<const int32_t>(),
-                                     logits.stride[0],           static_cast<int>(c['V']),   plan.segment};
-  launch_rows("sample", plan.resident ? sample_kernel<true> : sample_kernel<false>, c['S'], plan, arguments);
+                                     logits.stride[0],           static_cast<int>(c['V']),   0};
+  launch_rows("sample", sample_kernel<true>, sample_kernel<false>, c['S'], c['V'], arguments);
 }
 
 }  // namespace octavo::cuda

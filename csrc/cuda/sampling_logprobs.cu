@@ -18,7 +18,7 @@ struct LogprobArguments {
   const float* logits;    // [S, V], rows `stride` apart
   const int32_t* tokens;  // [S]
   int64_t stride;
-  int vocab, segment, k;
+  int vocab, k, segment;  // segment: launch_rows
 };
 
 // log_total: natural logarithm of the sum of the weights.
@@ -38,7 +38,7 @@ __device__ void write_best(Team& team, int count, int wanted, float best, int32_
 }
 
 template <bool resident>
-__global__ void __launch_bounds__(row_threads, resident ? 2 : 1) logprobs_kernel(const LogprobArguments a) {
+__global__ void __launch_bounds__(row_threads, resident ? resident_blocks : 1) logprobs_kernel(const LogprobArguments a) {
   extern __shared__ __align__(128) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   Team team(shared);
@@ -86,15 +86,14 @@ __global__ void __launch_bounds__(row_threads, resident ? 2 : 1) logprobs_kernel
   }
   if (!listed) return;
 
-  const uint2 counts = team.histogram_of_team();
-  const Bins found = find_bins(team, counts, a.k, -1, 0);
-  if (found.through > 0 && found.through <= list_size) {
-    team.before_leaving();
+  find_bins(team, true, a.k, -1, 0);
+  const Found found(team);
+  if (found.through() > 0 && found.through() <= list_size) {
     send_to_list(team, slice, [&](float x, int) {
       const float e = weigh.exponent(x);
-      return Weigher::bin_place(e) < found.count_bin + 1 && e > least_exponent;
+      return Weigher::bin_place(e) < found.count_bin() + 1 && e > least_exponent;
     });
-    const int count = static_cast<int>(found.through);
+    const int count = static_cast<int>(found.through());
     team.await_list(count);
     if (team.rank == 0 && count <= short_list) {
       const Standing standing = stand(team, count, weigh);
@@ -105,7 +104,7 @@ __global__ void __launch_bounds__(row_threads, resident ? 2 : 1) logprobs_kernel
     } else if (team.rank == 0) {
       write_best(team, count, a.k, best, ids, logprobs);
     }
-    return team.leave();
+    return;
   }
 
   // Portions: the tokens of [middle, above), which are between half a list and a list, or the rest.
@@ -161,13 +160,13 @@ void token_logprobs(const Tensor& logprobs, const Tensor& ranks, const Tensor& t
   c.require(c['V'] > 0 || c['S'] == 0, "logits have no columns");
   c.require(c['V'] <= largest_vocab, "a vocabulary of %lld is larger than %d", static_cast<long long>(c['V']), largest_vocab);
   c.require(c['S'] <= 1 << 24, "%lld rows are more than 2^24", static_cast<long long>(c['S']));
-  c.require(c['K'] <= c['V'], "top_ids has %lld columns, more than the vocabulary of %lld", static_cast<long long>(c['K']), static_cast<long long>(c['V']));
+  c.require(c['K'] <= c['V'], "top_ids has %lld columns, more than the vocabulary of %lld", static_cast<long long>(c['K']),
+            static_cast<long long>(c['V']));
   if (c['S'] == 0) return;
-  const RowPlan plan = plan_rows(c['V']);
   const LogprobArguments arguments = {logprobs.ptr<float>(),      ranks.ptr<int32_t>(),     top_ids.ptr<int32_t>(),
                                       top_logprobs.ptr<float>(),  logits.ptr<const float>(), tokens.ptr<const int32_t>(),
-                                      logits.stride[0],           static_cast<int>(c['V']), plan.segment, static_cast<int>(c['K'])};
-  launch_rows("token_logprobs", plan.resident ? logprobs_kernel<true> : logprobs_kernel<false>, c['S'], plan, arguments);
+                                      logits.stride[0],           static_cast<int>(c['V']),  static_cast<int>(c['K']),  0};
+  launch_rows("token_logprobs", logprobs_kernel<true>, logprobs_kernel<false>, c['S'], c['V'], arguments);
 }
 
 }  // namespace octavo::cuda

@@ -4,6 +4,9 @@
 // token is drawn for. Invariant: that of sampling_team.cuh; every result is a function of the row alone.
 #pragma once
 
+#include <map>
+#include <mutex>
+
 #include "sampling_team.cuh"
 
 namespace octavo::cuda {
@@ -65,10 +68,10 @@ struct Slice {
   }
 
   // Calls body(logits of four tokens, id of the first).
-  template <class Body>
+  template <int unrolled = 1, class Body>
   __device__ void visit(const Body& body) const {
     const int id = first + 4 * lane;
-#pragma unroll 2
+#pragma unroll unrolled
     for (int step = 0; step < steps; ++step) {
       float x[4];
       four(step, x);
@@ -108,7 +111,10 @@ __device__ Word best_of_row(Team& team, const Slice<resident>& slice) {
   if (best == broken_place) return 0;
   if (best == 0 || logit_of(static_cast<uint32_t>(best >> 32)) < infinity()) return best;
   bool finite = false;
-  slice.visit([&](const float(&x)[4], int) { finite |= fabsf(x[0]) <= FLT_MAX || fabsf(x[1]) <= FLT_MAX || fabsf(x[2]) <= FLT_MAX || fabsf(x[3]) <= FLT_MAX; });
+  slice.visit([&](const float(&x)[4], int) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) finite |= fabsf(x[j]) <= FLT_MAX;
+  });
   const Word any[1] = {__any_sync(~0u, finite) ? Word{1} : Word{0}};
   team.tell(any);
   return team.max(0) ? best : 0;
@@ -118,7 +124,7 @@ __device__ Word best_of_row(Team& team, const Slice<resident>& slice) {
 template <bool resident, class Also>
 __device__ Word mass_from(const Slice<resident>& slice, const Weigher& weigh, float least, const Also& also) {
   Word mass = 0;
-  slice.visit([&](const float(&x)[4], int id) {
+  slice.template visit<2>([&](const float(&x)[4], int id) {
     Fixed sum;
     float e[4];
 #pragma unroll
@@ -136,7 +142,7 @@ __device__ Word mass_from(const Slice<resident>& slice, const Weigher& weigh, fl
 template <bool resident>
 __device__ Word mass_within(const Slice<resident>& slice, const Weigher& weigh, const Border& border) {
   Word mass = 0;
-  slice.visit([&](const float(&x)[4], int id) {
+  slice.template visit<2>([&](const float(&x)[4], int id) {
     Fixed sum;
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum.add(border.keeps(x[j], id + j) ? weigh(x[j]) : 0);
@@ -264,16 +270,25 @@ __device__ __forceinline__ Standing stand(Team& team, int count, const Weigher& 
 
 // --- Borders: the worst of the best `need` tokens, or of the fewest best ones that hold a mass `goal` ------------------------------
 
-// Where the borders are, as far as the histogram tells.
-struct Bins {
-  int count_bin;         // has the last of the best `need`
-  uint32_t through, before;  // tokens in bins up to it, and before it
-  int low, high;         // the token that completes the mass is in [low, high]
-  uint32_t high_through, inside;  // tokens in bins up to high, and in [low, high]
+struct Range {
+  int low, high;    // bins
+  uint32_t inside;  // tokens in them, or more than list_size
+};
+// Where the borders are, as far as the histogram tells: names for the numbers in `found`, which every block has after find_bins.
+struct Found {
+  const uint32_t* numbers;
+  __device__ explicit Found(const Team& team) : numbers(team.shared.found) {}
+  __device__ int at(int i) const { return static_cast<int>(numbers[i]); }
+  __device__ int count_bin() const { return at(0); }             // has the last of the best `need`
+  __device__ uint32_t through() const { return numbers[1]; }      // tokens in bins up to it, 0 if there are fewer than `need`
+  __device__ uint32_t before() const { return numbers[2]; }       // tokens in the bins before it
+  __device__ Range sure() const { return {at(3), at(4), numbers[7] - numbers[8]}; }     // the token that completes the mass is in it
+  __device__ Range likely() const { return {at(5), at(6), numbers[9] - numbers[10]}; }  // and likely in this one
+  __device__ uint32_t sure_through() const { return numbers[7]; }  // tokens in bins up to the end of `sure`
 };
 
-// `counts`: this thread's two bins, over the team. need 0 or goal < 0: not asked for.
-__device__ __forceinline__ Bins find_bins(Team& team, uint2 counts, uint32_t need, double goal, double total) {
+// The first block's part of find_bins. `counts`: this thread's two bins, over the team.
+__device__ __forceinline__ void search_histogram(Team& team, uint2 counts, uint32_t need, double goal, double total) {
   Shared& shared = team.shared;
   const int bin = 2 * team.thread;
   // Weights of bin b lie within a factor of 2^(1 / bins_per_octave) below 2^(-b / bins_per_octave); slack for rounding is added.
@@ -284,7 +299,7 @@ __device__ __forceinline__ Bins find_bins(Team& team, uint2 counts, uint32_t nee
   const float mass = warp_running_sum(most0 + most1, team.lane);
   __syncthreads();
   if (team.lane == 31) shared.scan_count[team.warp] = count, shared.scan_mass[team.warp] = mass;
-  if (team.thread < 6) shared.found[team.thread] = team.thread < 3 ? 0 : bins - 1;
+  if (team.thread < 7) shared.found[team.thread] = team.thread < 3 ? 0 : bins - 1;
   __syncthreads();
   uint32_t through1 = count;
   float upper1 = mass, all = 0;
@@ -294,26 +309,46 @@ __device__ __forceinline__ Bins find_bins(Team& team, uint2 counts, uint32_t nee
     all += shared.scan_mass[w];
   }
   const uint32_t through0 = through1 - counts.y;
-  if (need > 0 && through0 >= need && through0 - counts.x < need) shared.found[0] = bin, shared.found[1] = through0, shared.found[2] = through0 - counts.x;
+  const uint32_t before0 = through0 - counts.x;
+  if (need > 0 && through0 >= need && before0 < need) shared.found[0] = bin, shared.found[1] = through0, shared.found[2] = before0;
   if (need > 0 && through1 >= need && through0 < need) shared.found[0] = bin + 1, shared.found[1] = through1, shared.found[2] = through0;
   if (goal >= 0) {
     const float wanted = static_cast<float>(goal * 0x1p-38), rest = static_cast<float>((total - goal) * 0x1p-38);
+    // The bounds are too high by nearly the same factor everywhere: what is left when it is taken out is a good guess.
+    const float usual = static_cast<float>(total * 0x1p-38) / all, doubt = 3e-3f * fminf(wanted, rest);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const float upper = j ? upper1 : upper1 - most1;
       if (upper * (1 + slack) >= wanted) atomicMin(&shared.found[3], bin + j);
       if (upper * width * (1 - slack) >= wanted || all - upper + 1e-5f * all <= rest * (1 - slack)) atomicMin(&shared.found[4], bin + j);
+      if (upper * usual >= wanted - doubt) atomicMin(&shared.found[5], bin + j);
+      if (upper * usual >= wanted + doubt) atomicMin(&shared.found[6], bin + j);
     }
   }
   __syncthreads();
-  const int high = shared.found[4];
-  const int low = min(static_cast<int>(shared.found[3]), high);
-  if (bin == high) shared.found[5] = through0;
-  if (bin + 1 == high) shared.found[5] = through1;
-  if (bin == low) shared.found[6] = through0 - counts.x;
-  if (bin + 1 == low) shared.found[6] = through0;
+  const int high = shared.found[4], low = min(static_cast<int>(shared.found[3]), high);
+  const int likely_high = max(low, min(static_cast<int>(shared.found[6]), high));
+  const int likely_low = max(low, min(static_cast<int>(shared.found[5]), likely_high));
   __syncthreads();
-  return {static_cast<int>(shared.found[0]), shared.found[1], shared.found[2], low, high, shared.found[5], shared.found[5] - shared.found[6]};
+  if (team.thread == 0) shared.found[3] = low, shared.found[5] = likely_low, shared.found[6] = likely_high;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const uint32_t through = j ? through1 : through0, before = j ? through0 : before0;
+    if (bin + j == high) shared.found[7] = through;
+    if (bin + j == low) shared.found[8] = before;
+    if (bin + j == likely_high) shared.found[9] = through;
+    if (bin + j == likely_low) shared.found[10] = before;
+  }
+}
+
+// Where the borders are. need 0 or goal < 0: not asked for. The first call also adds the histograms up, in the first block's.
+__device__ __forceinline__ void find_bins(Team& team, bool first, uint32_t need, double goal, double total) {
+  if (team.rank == 0) {
+    uint2* counts = reinterpret_cast<uint2*>(&team.shared.histogram[2 * team.thread]);
+    if (first) *counts = team.histogram_of_team();
+    search_histogram(team, *counts, need, goal, total);
+  }
+  team.share_decision();
 }
 
 // Halves the range [worst, best] of places, which has `inside` tokens, until these fit into the list. `before` tokens of mass `better`
@@ -348,16 +383,17 @@ __device__ void halve(Team& team, const Slice<resident>& slice, const Weigher& w
   }
 }
 
-// Looks in the bins [low, high] for the last token to keep among those that `keep` keeps: by number (need > 0; `before` tokens are in
-// better bins), else by mass. `known` is how many tokens these bins hold, or more than list_size. Returns the token's place; `mass` is
-// what it and the better ones weigh.
+// Looks for the last token to keep among those that `keep` keeps: by number (need > 0; `before` tokens are in better bins), else by
+// mass; first in the likely range, if that has few enough tokens, then in the sure one. Returns the token's place; `mass` is what it
+// and the better ones weigh.
 template <bool resident>
-__device__ Border find_border(Team& team, const Slice<resident>& slice, const Weigher& weigh, const Border keep, int low, int high, Word known,
+__device__ Border find_border(Team& team, const Slice<resident>& slice, const Weigher& weigh, const Border keep, Range range, const Range sure,
                               Word need, Word before, double goal, Word& mass) {
   Shared& shared = team.shared;
   const auto counts = [&](float x, int id) { return weigh.exponent(x) > least_exponent && keep.keeps(x, id); };
-  Word better = 0, inside = known;
-  // Adds up what is in better bins, and tells which of four tokens are in [low, high].
+  const auto in_range = [&](float bin) { return bin >= range.low && bin < range.high + 1; };
+  Word better = 0, inside = 0, weight = 0;
+  // Adds up what is in better bins and in the range, and tells which of four tokens are in the range.
   const auto look = [&](const float(&x)[4], int id) {
     Fixed sum;
     uint32_t mask = 0;
@@ -365,23 +401,32 @@ __device__ Border find_border(Team& team, const Slice<resident>& slice, const We
     for (int j = 0; j < 4; ++j) {
       const float e = weigh.exponent(x[j]), bin = Weigher::bin_place(e), w = Weigher::power(e);
       const bool kept = e > least_exponent && keep.keeps(x[j], id + j);
-      sum.add(kept && bin < low ? w : 0);
-      mask |= kept && bin >= low && bin < high + 1 ? 1u << j : 0u;
+      sum.add(kept && bin < range.low ? w : 0);
+      if (kept && in_range(bin)) mask |= 1u << j, weight += fixed(w);
     }
     better += sum.value(4);
     return mask;
   };
-  if (inside > 0 && inside <= list_size) {
-    send_to_list(team, slice, look, [&](float x, int id) {
-      const float bin = Weigher::bin_place(weigh.exponent(x));
-      return bin >= low && bin < high + 1 && counts(x, id);
-    });
-    const Word told[1] = {warp_sum(better)};
+  for (;; range = sure) {
+    if (range.inside == 0) range = sure;
+    if (range.inside > list_size && sure.inside <= list_size) range = sure;
+    better = weight = 0;
+    inside = range.inside;
+    if (inside == 0 || inside > list_size) break;
+    send_to_list(team, slice, look, [&](float x, int id) { return in_range(Weigher::bin_place(weigh.exponent(x))) && counts(x, id); });
+    const Word told[2] = {warp_sum(better), warp_sum(weight)};
     team.tell(told);
-    better = team.sum(0);
-  } else {
+    better = team.sum(0), weight = team.sum(1);
+    if (need > 0 || (range.low == sure.low && range.high == sure.high)) break;
+    if (static_cast<double>(better) < goal && static_cast<double>(better + weight) >= goal) break;
+    team.await_list(static_cast<int>(inside));  // a wrong guess: forget the list
+    if (team.rank == 0 && team.thread == 0) shared.filled = 0;
+    team.sync();
+  }
+  if (inside == 0 || inside > list_size) {
+    range = sure;
+    better = inside = 0;
     Word worst = ~Word{0}, best = 0;
-    inside = 0;
     slice.visit([&](const float(&x)[4], int id) {
       const uint32_t mask = look(x, id);
 #pragma unroll
@@ -393,9 +438,11 @@ __device__ Border find_border(Team& team, const Slice<resident>& slice, const We
         best = place > best ? place : best;
       }
     });
-    const Word first[4] = {warp_sum(better), warp_sum(inside), warp_max(~worst), warp_max(best)};
-    team.tell(first);
-    better = team.sum(0), inside = team.sum(1), worst = ~team.max(2), best = team.max(3);
+    const Word sums[2] = {warp_sum(better), warp_sum(inside)}, ends[2] = {warp_max(~worst), warp_max(best)};
+    team.tell(sums);
+    better = team.sum(0), inside = team.sum(1);
+    team.tell(ends);
+    worst = ~team.max(0), best = team.max(1);
     mass = better;
     if (inside == 0) return keep;  // cannot be: the bins hold the token
     halve(team, slice, weigh, counts, worst, best, inside, need, before, goal, better);
@@ -441,16 +488,18 @@ __device__ Border find_border(Team& team, const Slice<resident>& slice, const We
 
 // --- Host: how a row is split. Speed only; the answer is the same for every split. --------------------------------------------------
 
+constexpr int few_rows = 4;
+
 struct RowPlan {
   int team, segment;
   bool resident;
   size_t shared;
 };
 
-inline RowPlan plan_rows(int64_t vocab) {
+inline RowPlan plan_rows(int64_t vocab, int team) {
   const Device& gpu = device();
   RowPlan plan = {};
-  plan.team = gpu.capability < 90 ? 1 : vocab > 65536 ? 8 : vocab > 32768 ? 4 : vocab > 16384 ? 2 : 1;
+  plan.team = team;
   const int64_t warps = plan.team * row_warps;
   plan.segment = static_cast<int>((vocab + warps * row_step - 1) / (warps * row_step) * row_step);
   plan.shared = shared_bytes + sizeof(float) * row_warps * static_cast<size_t>(plan.segment);
@@ -459,30 +508,67 @@ inline RowPlan plan_rows(int64_t vocab) {
   return plan;
 }
 
-// launch() of launch.h for one team a row.
-template <class... Parameters, class... Arguments>
-void launch_rows(const char* op, void (*kernel)(Parameters...), int64_t rows, const RowPlan& plan, Arguments&&... arguments) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)), op);
+// A launch like launch() of launch.h, with one team a row.
+struct RowLaunch {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(rows * plan.team));
-  config.blockDim = dim3(row_threads);
-  config.dynamicSmemBytes = plan.shared;
-  config.stream = current_stream();
   cudaLaunchAttribute attributes[2] = {};
-  int used = 0;
-  if (dependent_launch()) {
-    attributes[used].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[used++].val.programmaticStreamSerializationAllowed = 1;
+
+  RowLaunch(int64_t rows, const RowPlan& plan) {
+    config.gridDim = dim3(static_cast<unsigned>(rows * plan.team));
+    config.blockDim = dim3(row_threads);
+    config.dynamicSmemBytes = plan.shared;
+    config.attrs = attributes;
+    if (plan.team > 1) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[config.numAttrs].val.clusterDim.x = static_cast<unsigned>(plan.team);
+      attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
+      ++config.numAttrs;
+    }
+    if (dependent_launch()) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
   }
-  if (plan.team > 1) {
-    attributes[used].id = cudaLaunchAttributeClusterDimension;
-    attributes[used].val.clusterDim.x = static_cast<unsigned>(plan.team);
-    attributes[used].val.clusterDim.y = attributes[used].val.clusterDim.z = 1;
-    ++used;
+  RowLaunch(const RowLaunch&) = delete;
+};
+
+// Whether the device can run a few teams of 16 blocks, which is more than every device must: few rows are done sooner then. Asked once
+// for each device; `fits` is the caller's memory of it.
+template <class... Parameters>
+bool large_team_fits(const char* op, void (*kernel)(Parameters...), const RowPlan& plan, std::map<int, bool>& fits) {
+  static std::mutex guard;
+  const std::lock_guard<std::mutex> lock(guard);
+  int index = 0;
+  check(cudaGetDevice(&index), op);
+  const auto known = fits.find(index);
+  if (known != fits.end()) return known->second;
+  const auto ask = [&] {
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) return cudaGetLastError(), false;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)), op);
+    RowLaunch attempt(1, plan);
+    int teams = 0;
+    if (cudaOccupancyMaxActiveClusters(&teams, kernel, &attempt.config) != cudaSuccess) return cudaGetLastError(), false;
+    return teams >= few_rows;
+  };
+  return fits[index] = ask();
+}
+
+// `resident` and `reading`: the two instances of a kernel. The arguments are made from the plan.
+template <class Arguments>
+void launch_rows(const char* op, void (*resident)(Arguments), void (*reading)(Arguments), int64_t rows, int64_t vocab, Arguments arguments) {
+  const int capability = device().capability;
+  RowPlan plan = plan_rows(vocab, capability < 90 ? 1 : vocab > 65536 ? 8 : vocab > 32768 ? 4 : vocab > 16384 ? 2 : 1);
+  if (capability >= 90 && rows <= few_rows && vocab > 65536) {
+    static std::map<int, bool> fits;
+    const RowPlan large = plan_rows(vocab, largest_team);
+    if (large.resident && large_team_fits(op, resident, large, fits)) plan = large;
   }
-  config.attrs = attributes;
-  config.numAttrs = static_cast<unsigned>(used);
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), op);
+  const auto kernel = plan.resident ? resident : reading;
+  arguments.segment = plan.segment;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)), op);
+  RowLaunch launch(rows, plan);
+  launch.config.stream = current_stream();
+  check(cudaLaunchKernelEx(&launch.config, kernel, arguments), op);
 }
 
 }  // namespace octavo::cuda

@@ -1,4 +1,4 @@
-// The team that works on one row of logits: a cluster of 1 to 8 thread blocks of 16 warps. Owns the order of tokens, their weights as
+// The team that works on one row of logits: a cluster of 1 to 16 thread blocks of 16 warps. Owns the order of tokens, their weights as
 // integers, and how the team's warps tell each other sums; it does not know where the logits lie nor what is looked for.
 //
 // Invariant: what a row gives does not depend on how it was split. Weights are 2^((logit - best) * log2(e) / temperature), rounded
@@ -20,10 +20,16 @@ namespace octavo::cuda {
 namespace {
 
 constexpr int row_warps = 16, row_threads = 32 * row_warps, row_step = 128;  // a warp looks at `row_step` tokens at a time
-constexpr int largest_team = 8;
+constexpr int largest_team = 16, table_slots = largest_team * row_warps;
 constexpr int largest_vocab = 1 << 24;  // sums of that many weights fit into 64 bits, times 2^24 into two words
 constexpr int bins = 1024;
 constexpr float bins_per_octave = 25;  // a weight above 2^-39 has a bin
+// Blocks on a multiprocessor that registers are saved for. From 10.0 on the compiler would spill for two.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int resident_blocks = 1;
+#else
+constexpr int resident_blocks = 2;
+#endif
 constexpr float least_exponent = -39;
 constexpr int list_size = 2048, short_list = row_threads / 4;
 static_assert(bins == 2 * row_threads, "a thread adds up two bins");
@@ -40,17 +46,20 @@ using Word = unsigned long long;
 #endif
 
 struct Shared {
-  Word table[2][4][largest_team * row_warps];  // what the warps of the team tell each other
+  Word table[2][2][table_slots];  // what the warps of the team tell each other
   Word list[list_size];                        // of the first block: tokens that are being ranked
   Word scan[row_warps];
   Word weights[short_list];
   Word answer[2];
-  alignas(8) uint64_t arrived[row_warps], told[2], listed;
+  alignas(8) uint64_t arrived[row_warps], told[2], listed, decided;
   uint32_t histogram[bins];
   uint32_t scan_count[row_warps];
   float scan_mass[row_warps];
   uint32_t filled;  // entries of the list
-  uint32_t found[7];
+  union {
+    uint32_t found[12];  // what the first block finds in the histogram
+    Word decision[6];
+  };
   double log_total;
 };
 constexpr int shared_bytes = (sizeof(Shared) + 127) / 128 * 128;
@@ -75,7 +84,9 @@ struct Border {
   int id;
   __device__ bool keeps(float x, int i) const { return x > logit || (x == logit && i <= id); }
 };
-__device__ __forceinline__ Border border_of(Word place) { return {logit_of(static_cast<uint32_t>(place >> 32)), id_of(static_cast<uint32_t>(place))}; }
+__device__ __forceinline__ Border border_of(Word place) {
+  return {logit_of(static_cast<uint32_t>(place >> 32)), id_of(static_cast<uint32_t>(place))};
+}
 
 // --- Weights -------------------------------------------------------------------------------------------------------------------------
 
@@ -162,7 +173,7 @@ __device__ __forceinline__ void wait_for(uint32_t barrier, uint32_t parity) {
 // The blocks of one row. Every member function that waits is called by all threads of all blocks.
 struct Team {
   Shared& shared;
-  int size, rank, warp, lane, thread, turn = 0, tells = 0, lists = 0;
+  int size, rank, warp, lane, thread, turn = 0, tells = 0, lists = 0, decisions = 0;
 
   __device__ explicit Team(Shared& s) : shared(s), size(1), rank(0), warp(threadIdx.x / 32), lane(threadIdx.x % 32), thread(threadIdx.x) {
 #if __CUDA_ARCH__ >= 900
@@ -177,7 +188,7 @@ struct Team {
     if (thread == 0) {
       shared.filled = 0;
 #if OCTAVO_ROW_ASYNC
-      for (uint64_t* barrier : {&shared.told[0], &shared.told[1], &shared.listed})
+      for (uint64_t* barrier : {&shared.told[0], &shared.told[1], &shared.listed, &shared.decided})
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
@@ -203,20 +214,6 @@ struct Team {
   __device__ void sync() const {
     arrive();
     wait();
-  }
-
-  // Between the two a block may still write to others and wait for its list; after `leave` no other reads its histogram.
-  __device__ void before_leaving() const {
-#if OCTAVO_ROW_ASYNC
-    __syncwarp();
-    if (size > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-  }
-  __device__ void leave() const {
-#if OCTAVO_ROW_ASYNC
-    __syncwarp();
-    if (size > 1) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
   }
 
   // The same variable of another block.
@@ -288,21 +285,54 @@ struct Team {
     sync();
   }
 
-  // The histograms of all blocks: this thread's two bins.
+  // The histograms of all blocks: this thread's two bins. Eight loads are under way before the first is used.
   __device__ uint2 histogram_of_team() const {
-    uint2 n[largest_team], sum = {0, 0};
+    constexpr int together = 8;
+    uint2 n[together], sum = {0, 0};
+#pragma unroll 1
+    for (int base = 0; base < size; base += together) {
 #pragma unroll
-    for (int block = 0; block < largest_team; ++block) n[block] = load(&shared.histogram[2 * thread], min(block, size - 1));
+      for (int i = 0; i < together; ++i) {
+        n[i] = {0, 0};
+        if (base + i < size) n[i] = load(&shared.histogram[2 * thread], base + i);
+      }
 #pragma unroll
-    for (int block = 0; block < largest_team; ++block)
-      if (block < size) sum.x += n[block].x, sum.y += n[block].y;
+      for (int i = 0; i < together; ++i) sum.x += n[i].x, sum.y += n[i].y;
+    }
     return sum;
+  }
+  // The first block gives its `decision` to the others. Reading all histograms is a lot of traffic, so that one block does it; and
+  // the others cannot leave before it has read theirs.
+  __device__ void share_decision() {
+#if OCTAVO_ROW_ASYNC
+    if (size > 1) {
+      if (rank > 0) {
+        if (thread == 0) expect(&shared.decided, sizeof shared.decision);
+        wait_for(shared_address(&shared.decided), decisions & 1);
+      } else {
+        __syncthreads();
+        if (thread > 0 && thread < size) {
+#pragma unroll
+          for (Word& word : shared.decision) report(&word, thread, word, &shared.decided);
+        }
+      }
+      ++decisions;
+      return;
+    }
+#endif
+    __syncthreads();
+    if (rank == 0 && thread > 0 && thread < size) {
+#pragma unroll
+      for (Word& word : shared.decision) store(&word, thread, word);
+    }
+    sync();
   }
 
   // Tells all warps of the team this warp's values, which are the same in all lanes; then `sum`, `max` and `before` read them.
   // `settled`: all that the team did to its shared memory before is seen by all of it, too.
   template <bool settled = false, int N>
   __device__ void tell(const Word (&mine)[N]) {
+    static_assert(N <= 2, "the table has room for two values a warp");
     turn = tells & 1;
     const uint32_t parity = tells >> 1 & 1;
     ++tells;
@@ -312,7 +342,7 @@ struct Team {
       if (thread == 0) expect(&shared.told[turn], size * row_warps * N * 8);
       if (lane < size) {
 #pragma unroll
-        for (int v = 0; v < N; ++v) report(slot + v * largest_team * row_warps, lane, mine[v], &shared.told[turn]);
+        for (int v = 0; v < N; ++v) report(slot + v * table_slots, lane, mine[v], &shared.told[turn]);
       }
       if (settled) sync();
       wait_for(shared_address(&shared.told[turn]), parity);
@@ -323,33 +353,33 @@ struct Team {
     (void)parity;
     if (lane < size) {
 #pragma unroll
-      for (int v = 0; v < N; ++v) store(slot + v * largest_team * row_warps, lane, mine[v]);
+      for (int v = 0; v < N; ++v) store(slot + v * table_slots, lane, mine[v]);
     }
     sync();
   }
-  __device__ void four(int v, Word (&x)[4]) const {
-    const bool used = 4 * lane < size * row_warps;
+  // `combine(what the warp told, its number)` of this lane's share of the team's warps.
+  template <class Combine>
+  __device__ void each(int v, const Combine& combine) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = used ? shared.table[turn][v][4 * lane + i] : 0;
+    for (int i = 0; i < table_slots / 32; ++i) {
+      const int w = 32 * i + lane;
+      if (w < size * row_warps) combine(shared.table[turn][v][w], w);
+    }
   }
   __device__ Word sum(int v) const {
-    Word x[4];
-    four(v, x);
-    return warp_sum(x[0] + x[1] + x[2] + x[3]);
+    Word sum = 0;
+    each(v, [&](Word x, int) { sum += x; });
+    return warp_sum(sum);
   }
   __device__ Word max(int v) const {
-    Word x[4];
-    four(v, x);
-    const Word a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
-    return warp_max(a > b ? a : b);
+    Word max = 0;
+    each(v, [&](Word x, int) { max = x > max ? x : max; });
+    return warp_max(max);
   }
   // What the warps before this one told.
   __device__ Word before(int v) const {
-    Word x[4], sum = 0;
-    four(v, x);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (4 * lane + i < rank * row_warps + warp) sum += x[i];
+    Word sum = 0;
+    each(v, [&](Word x, int w) { sum += w < rank * row_warps + warp ? x : 0; });
     return warp_sum(sum);
   }
 

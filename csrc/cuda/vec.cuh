@@ -57,20 +57,21 @@ struct Divider {
 #ifdef __CUDACC__
 
 // x / by, rounded as a division is (up to a tie in a hundred thousand): a product, its exact remainder, one correction (Markstein,
-// IBM J. Res. Dev. 34, 1990). The power of two keeps the reciprocal of a very small or large number within range.
+// IBM J. Res. Dev. 34, 1990). For divisors far from the ends of the range of float32.
 struct Quotient {
-  float power, by, inverse;
+  float by, inverse;
 
-  __device__ explicit Quotient(float divisor) {
-    power = fabsf(divisor) < 0x1p-60f ? 0x1p60f : fabsf(divisor) > 0x1p60f ? 0x1p-60f : 1.0f;
-    by = divisor * power;
-    inverse = 1.0f / by;
-  }
+  __device__ explicit Quotient(float divisor) : by(divisor), inverse(1.0f / divisor) {}
   __device__ __forceinline__ float operator()(float x) const {
-    const float y = __fmul_rn(x, power), q = __fmul_rn(y, inverse);
-    return __fmaf_rn(__fmaf_rn(-q, by, y), inverse, q);
+    const float q = __fmul_rn(x, inverse);
+    return __fmaf_rn(__fmaf_rn(-q, by, x), inverse, q);
   }
 };
+
+constexpr float e4m3_max = 448.0f;
+
+// What takes a row whose largest magnitude is `most` to the range of e4m3; finite, so that zeros stay zeros.
+__device__ __forceinline__ float e4m3_factor(float most) { return most > 0.0f ? fminf(__fdiv_rn(e4m3_max, most), 3.4e38f) : 1.0f; }
 
 // --- one element --------------------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ float widen(float x) { return x; }

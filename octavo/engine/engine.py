@@ -18,7 +18,7 @@ from octavo.engine.beam import Beams
 from octavo.engine.cache import root_digest
 from octavo.engine.request import Request, Status
 from octavo.engine.request import Sequence as Continuation
-from octavo.engine.scheduler import Scheduler
+from octavo.engine.scheduler import MIXED_PROMPT_TOKENS, Scheduler
 from octavo.engine.state import EngineState, StepRecord
 from octavo.engine.stats import Stats, StatsLog
 from octavo.engine.update import apply_result, fail_step
@@ -70,18 +70,21 @@ class Engine:
 
     Args:
         config: options. group: started workers. seed: root of the seeds of requests that bring none.
-        clock: monotonic seconds.
+        clock: monotonic seconds. patient: nobody reads along, so prompts may take whole steps while others decode: more
+            tokens a second, and longer pauses between the tokens of a request.
 
     Raises:
         ConfigError: the group's numbers cannot work together.
     """
 
     def __init__(
-        self, config: EngineConfig, group: Group, *, seed: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self, config: EngineConfig, group: Group, *, seed: int = 0, clock: Callable[[], float] = time.monotonic,
+        patient: bool = False) -> None:
         _check_info(group.info)
         self._config, self._group, self._clock = config, group, clock
         self._state = EngineState(config, group.info)
-        self._scheduler = Scheduler(self._state)
+        mixed = group.info.max_num_batched_tokens if patient else MIXED_PROMPT_TOKENS
+        self._scheduler = Scheduler(self._state, mixed_tokens=mixed)
         self._overlap = group.asynchronous if config.async_scheduling is None else config.async_scheduling
         self._in_flight: tuple[StepRecord, Pending] | None = None
         self._seeds = random.Random(seed)

@@ -34,11 +34,11 @@ class Scheduler:
     """Makes plans.
 
     Args:
-        state: of the engine. epoch: of the group.
+        state: of the engine. epoch: of the group. mixed_tokens: most prompt tokens of a step in which others decode.
     """
 
-    def __init__(self, state: EngineState, epoch: int = 0) -> None:
-        self.state = state
+    def __init__(self, state: EngineState, epoch: int = 0, *, mixed_tokens: int = MIXED_PROMPT_TOKENS) -> None:
+        self.state, self._mixed_tokens = state, mixed_tokens
         self.preemption = Preemption(state)
         self.record: StepRecord | None = None
         self._assembly = Assembly(state, epoch)
@@ -188,7 +188,7 @@ class Scheduler:
         if not config.enable_chunked_prefill and remaining <= state.info.max_num_batched_tokens:
             return remaining if remaining <= budget else 0
         if draft.mixed:
-            budget = min(budget, MIXED_PROMPT_TOKENS - sum(draft.counts))
+            budget = min(budget, self._mixed_tokens - sum(draft.counts))
         chunk = min(remaining, budget)
         if config.long_prefill_token_threshold:
             chunk = min(chunk, config.long_prefill_token_threshold)

@@ -61,7 +61,7 @@ class AttentionMeta:
 
 def work_ints(num_seqs: int, num_tokens: int) -> int:
     """int32 words of a work list for steps of so many sequences and tokens."""
-    decode = 1024 * 33 + 4 * num_seqs  # decode_work_ints of attention_decode.cu: ranges, counters, sequences
+    decode = 64 + 1024 * 16 + 4096 + 4 * num_seqs  # decode_work_ints of attention_decode.cu: header, ranges, counters, sequences
     prefill = 4 + 4 * (2 * num_tokens + num_seqs)  # prefill_work_ints of attention_prefill.cu: a header, tiles
     return decode + prefill
 
@@ -74,5 +74,5 @@ def partial_floats(num: int, heads: int, kv_heads: int, head_dim: int) -> int:
     """
     tile = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     rows = heads // kv_heads * 8  # the kernel takes up to 8 new tokens of a sequence
-    row_groups = 1 if rows <= 8 or tile == 256 else 2 if rows <= 16 else 4
+    row_groups = 1 if rows <= 8 or tile == 256 else 2
     return num * 8 * row_groups * (tile + 2)

@@ -10,7 +10,7 @@ from octavo.ops.library import choose
 
 Operator = Callable[..., None]
 
-SKINNY_ROWS = 64  # most rows of activations that the skinny operators take
+SKINNY_ROWS = 16  # most rows of activations that the skinny operators take
 SKINNY_SCRATCH = 524_288  # float32 elements of `scratch`, enough for every shape: skinny_scratch_floats in csrc/cuda/ops.h
 
 rms_norm_fp8: Operator = choose("rms_norm_fp8")

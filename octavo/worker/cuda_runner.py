@@ -3,7 +3,7 @@
 Owns the model, the pools, the rows and the order of a step: changes of the rows, moves of blocks, forward, sampling. A step is
 launched and left to itself; its tokens stay in the rows of the device, where the next step finds them, and come to the host
 through pinned memory. Decode steps and small mixed steps are replayed graphs, one for the forward pass and one for sampling;
-larger ones, and the sampling of rows that ask for more than a token, are launched kernel by kernel.
+larger ones, and the sampling of mixed steps and of rows that ask for more than a token, are launched kernel by kernel.
 
 What a failed step leaves is as in ModelRunner: the tables as if it had succeeded, with token 0. Invariants: everything runs on
 one stream, in the order of the plans; the only wait is for the event at the end of a step (DevicePending), and for edits that
@@ -33,14 +33,13 @@ from octavo.worker.attention_sizes import attention_sizes
 from octavo.worker.cuda_sampler import CudaSampler
 from octavo.worker.device import SLOTS, DeviceRows
 from octavo.worker.gpu import Gpu
-from octavo.worker.graphs import MIXED_TOKENS, sizes
+from octavo.worker.graphs import MIXED_SIZES, sizes
 from octavo.worker.logit_edits import LogitEdits, Processor
 from octavo.worker.memory import MemoryPlan, plan_memory, resolve_dtype, step_bytes
 from octavo.worker.pairs import checked_pairs
 from octavo.worker.tables import Index, Tables
 
 logger = get_logger(__name__)
-FIRST_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # captured before ready, with the largest; the rest when they are wanted
 
 
 class CudaRunner:
@@ -92,12 +91,10 @@ class CudaRunner:
             self._debug = config.debug_checksums
             self.steps = self.graph_steps = 0
             self._row_sizes = sizes(m.max_num_seqs)
-            self._mixed_sizes = tuple(size for size in sizes(MIXED_TOKENS) if size <= m.max_num_batched_tokens)
+            self._mixed_sizes = tuple(size for size in MIXED_SIZES if size <= m.max_num_batched_tokens)
             self._functions: dict[str, Callable[[int], None]] = {
                 "decode": partial(self._forward, 1), "mixed": partial(self._forward, None), "all": self._sample_all,
-                "some": self._sample_some,
             }
-            self._missing: list[tuple[str, int]] = []
             self._graphs = None if config.enforce_eager else gpu.graphs()
             self._warm_up()
         self.info = GroupInfo(
@@ -135,7 +132,6 @@ class CudaRunner:
                 pending.checksum = self._checksum()
             self._events[pending.slot].record(self._stream)
             self._last = pending
-            self._capture_one()
             return pending
 
     def close(self) -> None:
@@ -187,7 +183,10 @@ class CudaRunner:
             pending.finish = self._sampler.sample(plan, self._decoder.logits(hidden, self._logits[:num]))
             return
         in_order = num == num_tokens and bool((plan.sample_from == np.arange(num)).all())
-        self._run("all" if in_order else "some", self._row_sizes, num)
+        if in_order:
+            self._run("all", self._row_sizes, num)
+        else:
+            self._sample_some(num)
 
     def _send(self, plan: StepPlan, slot: int, rows: Int32, ids: Int32, starts: Index | Int32) -> None:
         """Pack the plan and copy it to the device; more changes than one array holds go ahead of it."""
@@ -221,16 +220,10 @@ class CudaRunner:
         self.graph_steps += replayed
 
     def _run(self, key: str, ladder: tuple[int, ...], wanted: int) -> bool:
-        """Replay the function's smallest captured size that fits, or call it; True when it was a replay."""
-        exact = next(size for size in ladder if size >= wanted)
+        """Replay the function at the smallest size of the ladder that fits, or call it; True when it was a replay."""
+        size = next(size for size in ladder if size >= wanted)
         if self._graphs is None:
-            self._functions[key](exact)
-            return False
-        size = self._graphs.fitting(key, ladder, wanted)
-        if size != exact and (key, exact) not in self._missing:
-            self._missing.append((key, exact))
-        if size is None:
-            self._functions[key](exact)
+            self._functions[key](size)
             return False
         self._graphs.replay(key, size)
         return True
@@ -289,27 +282,20 @@ class CudaRunner:
         pending.swaps.append((begin, end))
 
     def _warm_up(self) -> None:
-        """Load every kernel at the largest step and capture the first sizes. Nothing is sent: all tokens are padding."""
+        """Run every kernel at the largest step and capture all sizes: milliseconds each. All tokens are padding."""
         m = self.memory
         self._rows.send(0, staging.pack(self._rows.staging[0], slot=0))
         self._pass(m.max_num_batched_tokens, m.max_num_seqs, m.max_num_batched_tokens)
         self._sample_some(m.max_num_seqs)
         if self._graphs is None:
             return
-        for key, ladder in (("decode", self._row_sizes), ("all", self._row_sizes), ("mixed", self._mixed_sizes),
-                            ("some", self._row_sizes)):
+        started = time.perf_counter()
+        for key, ladder in (("decode", self._row_sizes), ("all", self._row_sizes), ("mixed", self._mixed_sizes)):
             for size in ladder:
-                if size in FIRST_SIZES or size == ladder[-1]:
-                    self._functions[key](size)
-                    self._graphs.capture(key, size, self._functions[key])
-        self._stream.synchronize()
-
-    def _capture_one(self) -> None:
-        """Capture a size that was wanted and missing, while the device is busy with the step that wanted it."""
-        if self._missing and self._graphs is not None:
-            key, size = self._missing.pop(0)
-            if not self._graphs.has(key, size):
+                self._functions[key](size)  # a kernel that is new at this size is loaded outside the capture
                 self._graphs.capture(key, size, self._functions[key])
+        logger.debug("%d graphs captured in %.2f s", len(self._graphs), time.perf_counter() - started)
+        self._stream.synchronize()
 
     def _checksum(self) -> int:
         """Of the host's tables, after the block tables of the device were compared with them."""

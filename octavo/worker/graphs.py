@@ -4,11 +4,11 @@ Owns sizes, capture and replay; it does not know what a step computes: it is giv
 what its function did when it was captured, on the same buffers; nothing is captured twice.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 
 import torch
 
-MIXED_TOKENS = 512  # most tokens of a mixed step that is captured
+MIXED_SIZES = (16, 32, *range(64, 513, 64))  # tokens of the mixed steps that are captured
 
 
 def sizes(most: int) -> tuple[int, ...]:
@@ -30,14 +30,6 @@ class GraphPool:
 
     def __len__(self) -> int:
         return len(self._graphs)
-
-    def has(self, key: Hashable, size: int) -> bool:
-        """Whether the function ``key`` is captured at ``size``."""
-        return (key, size) in self._graphs
-
-    def fitting(self, key: Hashable, ladder: Sequence[int], wanted: int) -> int | None:
-        """The smallest captured size of ``ladder`` that holds ``wanted``; None where there is none."""
-        return next((size for size in ladder if size >= wanted and (key, size) in self._graphs), None)
 
     def capture(self, key: Hashable, size: int, function: Callable[[int], None]) -> None:
         """Record ``function(size)``; every kernel of it must have run before."""

@@ -16,8 +16,8 @@ from octavo.errors import ConfigError
 from octavo.log import get_logger
 
 PAGE = mmap.PAGESIZE
-PIECE = 64 * 2**20  # bytes pinned at once: the driver's lock is held for as long
-PAUSE = 0.02  # seconds between two pieces
+PIECE = 8 * 2**20  # bytes pinned at once: the driver's lock is held for as long, and launches wait for it
+PAUSE = 0.05  # seconds between two pieces while nobody waits for them
 logger = get_logger(__name__)
 
 
@@ -64,16 +64,19 @@ class HostPool:
 
     def _pin(self) -> None:
         cudart = torch.cuda.cudart()
+        content = self.tensor.view(-1).view(torch.uint8)
         base, end = self.tensor.data_ptr(), self.tensor.data_ptr() + self.tensor.nbytes
         # whole pages are pinned, and none may be pinned twice: pieces meet at borders of pages
         borders = [base, *range((base // PAGE + 1) * PAGE + PIECE, end, PIECE), end]
         for start, stop in pairwise(borders):
             if self._stop.is_set():
                 return
+            content[start - base : stop - base].zero_()  # the pages are made here, where no lock of the driver is held
             error = cudart.cudaHostRegister(start, stop - start, 0)
             if int(error) != 0:
                 self._error = str(error)
                 logger.warning("Host memory for swapping could not be pinned: %s.", error)
                 return
             self._pinned.append(start)
-            self._hurry.wait(PAUSE)
+            if not self._hurry.is_set():
+                self._stop.wait(PAUSE)

@@ -128,6 +128,12 @@ def test_a_row_is_the_same_bits_in_any_company():
         ops.gated_activation(many, x, kind)
         ops.gated_activation(few, x[100:105], kind)
         assert torch.equal(many[100:105], few), kind
+        eights = [poisoned(rows, 3072, dtype=torch.float8_e4m3fn) for rows in (2000, 5)]
+        scales = [poisoned(rows, dtype=torch.float32) for rows in (2000, 5)]
+        ops.gated_activation_fp8(eights[0], scales[0], x, kind)
+        ops.gated_activation_fp8(eights[1], scales[1], x[100:105], kind)
+        assert torch.equal(scales[0][100:105], scales[1]), kind
+        assert torch.equal(eights[0].view(torch.uint8)[100:105], eights[1].view(torch.uint8)), kind
 
 
 @pytest.mark.parametrize("table_dtype", ACTS)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import octavo.ops as ops
+from octavo.ops.attention import work_ints
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a GPU of compute capability 9.0"
@@ -68,7 +69,7 @@ class Step:
             "rows": torch.tensor(rows, dtype=torch.int32).cuda(),
             "query_start": torch.tensor(starts, dtype=torch.int32).cuda(),
             "context_len": torch.tensor([c for _, c in self.lengths], dtype=torch.int32).cuda(),
-            "work": torch.full((20000 + 16 * (tokens + len(blocks)),), -7, dtype=torch.int32).cuda(),
+            "work": torch.full((work_ints(len(blocks), tokens + self.padding),), -7, dtype=torch.int32).cuda(),
             "partials": torch.empty(1 << 20).cuda(),
         }
 
@@ -192,6 +193,12 @@ def test_many_tiles_on_every_multiprocessor(head_dim: int) -> None:
     step.check(step.run())
 
 
+def test_more_rounds_than_a_warp_looks_ahead() -> None:
+    """64 sequences of two tiles and 72 heads: 70 rounds for each of 132 multiprocessors. The lists are read for 32 at a time."""
+    step = Step([(129 + i, 129 + 2 * i) for i in range(64)], heads=72, kv_heads=72, head_dim=64)
+    step.check(step.run())
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_same_bits_whatever_is_in_the_batch_and_however_it_is_cut(head_dim: int) -> None:
     """A sequence alone, in the middle of others, and in chunks."""
@@ -246,6 +253,14 @@ def test_graph() -> None:
         step.attend(expected)
         assert torch.equal(out[:used], expected[:used])
         step.check(out)
+
+
+def test_short_work_list_is_an_error() -> None:
+    step = Step([(100, 100), (300, 300)])
+    step.plan()
+    step.tensors["work"] = step.tensors["work"][: work_ints(2, 0)]
+    with pytest.raises(RuntimeError, match="work list"):
+        step.attend(torch.empty_like(step.tensors["q"]).contiguous())
 
 
 def test_nothing_to_do() -> None:

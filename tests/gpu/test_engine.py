@@ -1,11 +1,11 @@
 """The whole engine on a GPU: the same answer under other circumstances, every parameter as on the CPU, failures, traffic.
 
 What holds to the bit and what up to near ties. Attention of up to 8 new tokens, norms, rotations, samplers and products of up to
-64 rows are kernels of our own whose result for a row does not depend on the other rows: where a run computes every token by
-them, and in chunks of at most 8 tokens, its bytes do not depend on graphs, overlap, company, swapping. A product of more rows is
-cuBLAS's, and a longer chunk is another attention kernel: runs that mix these differ by rounding, so their tokens may part where
-two were nearly as likely. float32 on the GPU and on the CPU differ by the order of summation only. Checksums of the tables wait
-for the device in every step, which hides races, so most runs go without.
+SKINNY_ROWS rows are kernels of our own whose result for a row does not depend on the other rows: where a run computes every
+token by them, and in chunks of at most 8 tokens, its bytes do not depend on graphs, overlap, company, swapping. A product of
+more rows is cuBLAS's, and a longer chunk is another attention kernel: runs that mix these differ by rounding, so their tokens
+may part where two were nearly as likely. float32 on the GPU and on the CPU differ by the order of summation only. Checksums of
+the tables wait for the device in every step, which hides races, so most runs go without.
 """
 
 from collections.abc import Iterator
@@ -33,9 +33,10 @@ from support import (
 
 from octavo import LLM, EngineArgs, LLMEngine, SamplingParams
 from octavo.errors import OctavoError
+from octavo.ops.fused import SKINNY_ROWS
 
 VOCAB = int(LLAMA["vocab_size"])
-TRAFFIC_SECONDS = 20.0
+TRAFFIC_SECONDS = 8.0
 # bf16 against bf16: both sides round, so up to twice what one side may be off (see test_families).
 NEAR = {"largest": 0.8, "mean": 0.06, "tie": 0.8, "parted": 0.75}
 EXACT = {"largest": 1e-3, "mean": 1e-4, "tie": 2e-3, "parted": 0.1}
@@ -58,11 +59,11 @@ def named(options: dict[str, Any]) -> str:
 
 
 def short_requests() -> Asked:
-    """40 prompts of 1 to 8 tokens: with steps of 64 tokens nothing leaves the kernels of few rows."""
+    """40 prompts of 1 to 8 tokens: in steps of SKINNY_ROWS tokens nothing leaves the kernels of few rows."""
     return mixed_requests(5, 40, VOCAB, longest=8, output=60, shared=False)
 
 
-FEW = {"max_num_batched_tokens": 64, "enable_prefix_caching": False, "max_num_seqs": 48}
+FEW = {"max_num_batched_tokens": SKINNY_ROWS, "enable_prefix_caching": False, "max_num_seqs": SKINNY_ROWS}
 
 
 @pytest.fixture(scope="module")

@@ -163,6 +163,31 @@ def test_a_token_is_the_same_bits_in_any_company():
             assert torch.equal(a, b[part])
 
 
+@pytest.mark.parametrize("shape", HEADS[:3])
+def test_rotate_and_cache_of_many_tokens(shape):
+    """So many that a group of lanes takes several heads: the same bits as a few at a time, and all of the cache."""
+    q_heads, kv_heads, dim, rotary = shape
+    tokens, table, weights = 2500, table_of(rotary), [draw(dim, seed=s) for s in (3, 4)]
+    qkv = draw(tokens, q_heads + 2 * kv_heads, dim, dtype=torch.bfloat16)
+    positions, slots = torch.arange(tokens, device="cuda") % 600, slots_of(tokens, 160 * 16)
+    scale = 1.0
+    for kv, normed, interleaved in itertools.product((torch.bfloat16, E4M3), (False, True), (False, True)):
+        first = [cache_of(160, 16, kv_heads, dim, kv, seed) for seed in (7, 8)]
+        second, norm = [c.clone() for c in first], weights if normed else (None, None)
+        at_once, piecewise = qkv.clone(), qkv.clone()
+        q, k, v = at_once.split([q_heads, kv_heads, kv_heads], 1)
+        ops.rotate_and_cache(q, k, v, *first, slots, positions, table, interleaved, *norm, 1e-6, 0.0, scale, scale)
+        for part in torch.arange(tokens, device="cuda").split(50):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            q, k, v = piecewise[rows].split([q_heads, kv_heads, kv_heads], 1)
+            ops.rotate_and_cache(
+                q, k, v, *second, slots[rows], positions[rows], table, interleaved, *norm, 1e-6, 0.0, scale, scale
+            )
+        assert torch.equal(at_once[:, :q_heads], piecewise[:, :q_heads]), f"{shape} {kv} q"
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(bits(a), bits(b)), f"{shape} {kv} cache"
+
+
 @pytest.mark.parametrize("kv", ["act", "e4m3"])
 @pytest.mark.parametrize("dtype", ACTS)
 def test_write_and_gather(dtype, kv):
@@ -299,10 +324,11 @@ def test_contracts_of_blocks():
 def test_contracts_of_tokens():
     key, cache = torch.zeros(3, 1, 8, device="cuda"), torch.zeros(4, 2, 1, 8, device="cuda")
     slots = torch.arange(3, device="cuda")
-    half, table, weight = cache.half(), torch.zeros(10, 16, device="cuda"), torch.ones(8, device="cuda")
+    half, eight, table, weight = cache.half(), cache.to(E4M3), torch.zeros(10, 16, device="cuda"), torch.ones(8, device="cuda")
     both = (key, key, key, cache, cache, slots, slots, None, False)
     cases = [
         (lambda: ops.write_kv(key, key, cache, cache, slots, 0.5, 1.0), "a cache of this type has no scales"),
+        (lambda: ops.write_kv(key, key, eight, eight, slots, 0.0, 1.0), "k_scale = 0 and v_scale = 1, but both must be positive"),
         (lambda: ops.write_kv(key, key, half, half, slots), r"k_cache .* must be float32 or float8_e4m3fn, not float16"),
         (lambda: ops.rope(key, key, slots, table, False), "rotary_dim must be even and at most head_dim 8, got 16"),
         (lambda: ops.rotate_and_cache(*both, weight, None, 1e-6, 0.0), "q_weight and k_weight: both or neither"),

@@ -120,6 +120,16 @@ def test_norms_to_e4m3(dtype, hidden):
             close_e4m3(out, scale, exact_layer(x, weight, b, 1e-5), f"layer_norm_fp8 {what}")
 
 
+@pytest.mark.parametrize("rows", [3, 3000])
+def test_layer_norm_of_a_large_mean_does_not_cancel(rows):
+    for hidden in (100, 576, 4096):
+        x, out = draw(rows, hidden, scale=1.0) + 1000.0, poisoned(rows, hidden, dtype=torch.float32)
+        weight = torch.ones(hidden, device="cuda")
+        ops.layer_norm(out, x, weight, None, 1e-5)
+        # the mean itself is rounded to 2^-14
+        torch.testing.assert_close(out.double(), exact_layer(x, weight, None, 1e-5), rtol=1e-3, atol=3e-4)
+
+
 def test_a_row_of_zeros_has_scale_one():
     out, scale = poisoned(3, 1024, dtype=torch.float8_e4m3fn), poisoned(3, dtype=torch.float32)
     ops.rms_norm_fp8(out, scale, torch.zeros(3, 1024, device="cuda"), torch.ones(1024, device="cuda"), 1e-6, 0.0)
