@@ -1,7 +1,8 @@
 """Speed of decode attention over a paged cache on this GPU, beside FlashAttention 3, and of the plan that it works by.
 
-Every figure is the median replay of a CUDA graph of calls that rotate over caches larger than the L2 cache, in blocks of 16 tokens in
-random order. The peer's times were measured in the same way on an H100. Prints tables for people and one JSON object as the last line:
+Every figure is the median replay of a CUDA graph of calls that rotate over caches larger than the L2 cache, in blocks of 16
+tokens in random order. The peer's times were measured in the same way on an H100. Prints tables for people and one JSON object
+as the last line:
 
     python benchmarks/kernels_attention.py --heads 32/8/128
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -24,7 +25,9 @@ PEER = {  # microseconds of FlashAttention 3 by SHAPES: query heads / KV heads /
     "32/8/64": (9.6, 13.0, 35.0, 15.1, 19.9, 58.1, 64.3, 204.0, 87.9, 120.4),
 }
 MORE = (("32/8/128", (8, 1024)), ("32/8/128", (128, 2048)), ("32/8/64", (256, 512)))  # with an e4m3 cache
-OTHERS = (("8/4/256", (32, 1024)), ("14/2/64", (32, 1024)), ("32/32/128", (8, 1024)), ("32/8/128", (1, 16)), ("32/8/128", (256, 16)))
+OTHERS = (
+    ("8/4/256", (32, 1024)), ("14/2/64", (32, 1024)), ("32/32/128", (8, 1024)), ("32/8/128", (1, 16)), ("32/8/128", (256, 16)),
+)
 PLANS = (1, 32, 256, 1024, 2048)
 ROTATED = 160 << 20  # bytes of keys and values that a graph walks over, three times the L2 cache
 BLOCK = 16
@@ -32,7 +35,7 @@ COPY = 3.0e12  # bytes per second, read and written, of a device copy on an H100
 ROOM = 8192
 
 
-def seconds(calls: list[Callable[[], object]], repeats: int = 5) -> float:
+def seconds(calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
     """Median time of one call, all of them captured in one graph."""
     for call in calls[:2]:
         call()
@@ -42,7 +45,7 @@ def seconds(calls: list[Callable[[], object]], repeats: int = 5) -> float:
         for call in calls:
             call()
     graph.replay()
-    times = []
+    times = list[float]()
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -76,11 +79,17 @@ def decode(model: str, batch: int, context: int, kv: torch.dtype = torch.bfloat1
     rows = [torch.arange(i * batch, (i + 1) * batch, dtype=torch.int32, device="cuda") for i in range(sets)]
 
     def call(row: torch.Tensor) -> Callable[[], None]:
-        return lambda: ops.paged_attention(out, q, k, v, tables, row, starts, contexts, head_dim**-0.5, 0, 0.0, None, 1.0, 1.0, work, partials,
-                                           queries)
+        return lambda: ops.paged_attention(
+            out, q, k, v, tables, row, starts, contexts, head_dim**-0.5, 0, 0.0, None, 1.0, 1.0, work, partials, queries
+        )
 
     calls = [call(row) for row in rows]
     return seconds(calls * max(1, 20 // len(calls))), per_call
+
+
+def shares(time: float, size: float) -> tuple[str, str, str]:
+    """Microseconds, TB/s and the share of the copy's bandwidth."""
+    return f"{time * 1e6:.1f}", f"{size / time / 1e12:.2f}", f"{size / COPY / time:.2f}"
 
 
 def plan(num_seqs: int, context: int) -> float:
@@ -104,8 +113,7 @@ def main() -> None:
         for (batch, context), peer in zip(SHAPES, PEER[model], strict=True):
             time, size = decode(model, batch, context)
             torch.cuda.empty_cache()
-            print(line.format(model, f"{batch} x {context}", f"{time * 1e6:.1f}", f"{size / time / 1e12:.2f}", f"{size / COPY / time:.2f}", peer,
-                              f"{time * 1e6 / peer:.2f}"), flush=True)
+            print(line.format(model, f"{batch} x {context}", *shares(time, size), peer, f"{time * 1e6 / peer:.2f}"), flush=True)
             found[f"decode {model} {batch}x{context}"] = {"value": round(time * 1e6, 2), "unit": "us", "peer": peer}
     print("\n" + line.format("heads", "shape", "us", "TB/s", "of copy", "", ""))
     extra = [(m, s, torch.float8_e4m3fn, 1) for m, s in MORE] + [(m, s, torch.bfloat16, 1) for m, s in OTHERS]
@@ -113,9 +121,9 @@ def main() -> None:
     for model, (batch, context), kv, queries in extra:
         time, size = decode(model, batch, context, kv, queries)
         torch.cuda.empty_cache()
-        name = f"{model} {batch}x{context}" + (" e4m3" if kv.itemsize == 1 else "") + (f" {queries} tokens" if queries > 1 else "")
-        print(line.format(model, f"{batch} x {context}", f"{time * 1e6:.1f}", f"{size / time / 1e12:.2f}", f"{size / COPY / time:.2f}",
-                          "e4m3" if kv.itemsize == 1 else "", f"q {queries}"), flush=True)
+        cache = "e4m3" if kv.itemsize == 1 else ""
+        print(line.format(model, f"{batch} x {context}", *shares(time, size), cache, f"q {queries}"), flush=True)
+        name = " ".join(filter(None, (model, f"{batch}x{context}", cache, f"{queries} tokens" if queries > 1 else "")))
         found[f"decode {name}"] = {"value": round(time * 1e6, 2), "unit": "us", "floor": round(size / COPY * 1e6, 2)}
     print("\nplan, us: ", end="")
     for num_seqs in PLANS:

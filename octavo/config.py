@@ -15,6 +15,7 @@ from typing import Any
 from octavo.errors import ConfigError
 
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+KV_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 POLICIES = ("fcfs", "priority", "sjf")
@@ -58,7 +59,7 @@ class EngineConfig:
     load_format: str = _option("auto", "where weights come from", choices=LOAD_FORMATS)
     dtype: str = _option("auto", "type of weights and KV cache", choices=DTYPES)
     kv_cache_dtype: str = _option(
-        "auto", "type of the KV cache; auto: as the weights", choices=("auto", "bfloat16", "float16", "float32"))
+        "auto", "type of the KV cache; auto: as the weights; fp8 (e4m3) on a GPU only", choices=KV_DTYPES)
     quantization: str | None = _option(None, "refused until quantised kernels exist")
     device: str = _option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
     seed: int = _option(0, "root of the seeds of requests that bring none")
@@ -80,8 +81,8 @@ class EngineConfig:
     preemption_mode: str = _option(
         "auto", "what happens to a request that must give up its blocks", choices=("auto", "recompute", "swap"))
     async_scheduling: bool | None = _option(None, "plan a step before the last one's tokens are known; default: on a GPU")
-    enforce_eager: bool = _option(False, "no CUDA graphs (nothing to switch off on a CPU)")
-    batch_invariant: bool = _option(False, "bit-identical answers whatever else runs")
+    enforce_eager: bool = _option(False, "no CUDA graphs: launch every kernel by itself (nothing to switch off on a CPU)")
+    batch_invariant: bool = _option(False, "bit-identical answers whatever else runs; on a CPU only so far")
     tensor_parallel_size: int = _option(1, "GPUs that share each layer; more than 1 is refused until it exists", flag="-tp")
     pipeline_parallel_size: int = _option(1, "groups of layers; more than 1 is refused until it exists", flag="-pp")
     generation_config: str = _option(

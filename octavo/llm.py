@@ -48,7 +48,11 @@ class LLMEngine:
         self.tokenizer: Tokenizer | None = None if config.skip_tokenizer_init else load_tokenizer(self.source, config)
         self.intake = Intake(self.source, config, self.tokenizer)
         self.group = make_group(config, self.source)
-        self.engine = Engine(config, self.group, seed=config.seed, patient=patient and self.group.info.device == "cuda")
+        try:
+            self.engine = Engine(config, self.group, seed=config.seed, patient=patient and self.group.info.device == "cuda")
+        except BaseException:
+            self.group.close()
+            raise
         self.collector = Collector()
         info = self.group.info
         self._longest = min(info.max_model_len, info.num_blocks * info.block_size)

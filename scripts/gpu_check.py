@@ -67,7 +67,8 @@ def steps(parts: Sequence[str], full: bool = False, root: Path = ROOT, python: s
         *(Step("kernels", Path(file).stem, 60, (python, file), figures=True) for file in benchmarks),
     ]
     if (root / "benchmarks" / "engine_gpu.py").is_file():
-        command = (python, "benchmarks/engine_gpu.py", *(("--budget", "75", "--iterations", "2", "--startup") if full else ("--quick",)))
+        options = ("--budget", "75", "--iterations", "2", "--startup") if full else ("--quick",)
+        command = (python, "benchmarks/engine_gpu.py", *options)
         every.append(Step("engine", "engine_gpu", 300, command, figures=True))
     every += [
         Step("sanitizer", f"{tool} {Path(file).stem}", 110, (*sanitizer, f"--tool={tool}", *few, file), plain, beside=True)

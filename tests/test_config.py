@@ -17,7 +17,7 @@ BAD: list[tuple[str, Any]] = [
     ("model", ""), ("model", 3), ("model", None),
     ("tokenizer", 1), ("skip_tokenizer_init", 1), ("skip_tokenizer_init", "yes"),
     ("hf_overrides", [1]), ("hf_overrides", "x"),
-    ("load_format", "bitsandbytes"), ("dtype", "int8"), ("dtype", None), ("kv_cache_dtype", "fp8"), ("device", "tpu"),
+    ("load_format", "bitsandbytes"), ("dtype", "int8"), ("dtype", None), ("kv_cache_dtype", "int8"), ("device", "tpu"),
     ("seed", -1), ("seed", 2**64), ("seed", 1.5), ("seed", True),
     ("max_model_len", 0), ("max_model_len", -5), ("max_model_len", 1.0), ("max_model_len", float("nan")),
     ("block_size", 0), ("block_size", 12), ("block_size", 256), ("block_size", "16"),

@@ -108,9 +108,10 @@ __global__ void __launch_bounds__(plan_threads)
   const float partitions = static_cast<float>(cost) / full_cost;
   const int at_once = max(1, blocks / kv_heads), most = max(1, min(max_ranges, max_counters / kv_heads));
   const float share = partitions / at_once, average = partitions / max(1, count);
-  const float size = share < 2.5f ? fmaxf(1.0f, share) : average * 1.9f < share ? fmaxf(average, share / ranges_each) : share / 4;
+  const bool whole_items = share >= 2.5f && average * 1.9f < share;
+  const float size = share < 2.5f ? fmaxf(1.0f, share) : whole_items ? fmaxf(average, share / ranges_each) : share / 4;
   const int used = static_cast<int>(fminf(ceilf(partitions / size - 0.01f), static_cast<float>(most)));
-  const int64_t range_cost = used ? cost / used : 0;
+  const int64_t uncut_cost = whole_items ? 2 * cost / used : 0;  // most of an item that is not cut
   if (thread == 0) {
     work[used_at] = used;
     work[claims_at] = 0;
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(plan_threads)
       if (within > 0) {
         const int64_t next = (within + n.low + static_cast<int64_t>(partition_cost) * n.start + full_cost - 1) / full_cost;
         cut.partition = next > n.start ? static_cast<int>(next) : n.start + 1;
-        if (cut.partition >= n.end || n.cost <= range_cost * 2) {  // past the item, or it is too short to be cut
+        if (cut.partition >= n.end || n.cost <= uncut_cost) {  // past the item, or it is too short to be cut
           if (++cut.tile == n.tiles) ++cut.place, cut.tile = 0;
           cut.partition = cut.place < count ? lengths(cut.place).start : 0;
         }
@@ -211,7 +212,8 @@ void plan_decode(const PlanParams& p, cudaStream_t stream) {
   if (p.num_seqs > max_decode_seqs)
     throw std::runtime_error("attention_plan: takes up to " + std::to_string(max_decode_seqs) + " sequences, not " + std::to_string(p.num_seqs));
   if (p.work_size < decode_work_ints(p.num_seqs))
-    throw std::runtime_error("attention_plan: work needs " + std::to_string(decode_work_ints(p.num_seqs)) + " ints, not " + std::to_string(p.work_size));
+    throw std::runtime_error("attention_plan: work needs " + std::to_string(decode_work_ints(p.num_seqs)) + " ints, not " +
+                             std::to_string(p.work_size));
   const int group = p.heads / p.kv_heads, queries = p.max_query < decode_queries ? p.max_query : decode_queries;
   const int tile_rows = 8 * decode_row_groups(group * queries, decode_dim(p.head_dim));
   const size_t shared = size_t(p.num_seqs) * (sizeof(Sequence) + 8) + (max_ranges + 1) * sizeof(Cut) + max_ranges * 4;
@@ -221,7 +223,8 @@ void plan_decode(const PlanParams& p, cudaStream_t stream) {
 
 void launch_decode(const AttentionParams& p, cudaStream_t stream) {
   if (p.work && p.work_size < decode_work_ints(p.num_seqs))
-    throw std::runtime_error("paged_attention: work needs " + std::to_string(decode_work_ints(p.num_seqs)) + " ints, not " + std::to_string(p.work_size));
+    throw std::runtime_error("paged_attention: work needs " + std::to_string(decode_work_ints(p.num_seqs)) + " ints, not " +
+                             std::to_string(p.work_size));
   DecodeLaunch d = {};
   d.block_shift = -1;
   for (int shift = 3; shift < 31; ++shift)

@@ -62,7 +62,9 @@ __host__ __device__ constexpr int decode_row_groups(int rows, int dim) { return 
 __host__ __device__ constexpr int decode_tile(int dim, bool fp8) { return dim == 256 && !fp8 ? 16 : 32; }
 __host__ __device__ constexpr int partial_floats(int dim, int row_groups) { return 8 * row_groups * (dim + 2); }  // results, then (maximum, sum)
 // Items whose queries are in shared memory at once.
-__host__ __device__ constexpr int query_buffers(int dim, int row_groups) { return 16384 / (16 * row_groups * dim) < 8 ? 16384 / (16 * row_groups * dim) : 8; }
+__host__ __device__ constexpr int query_buffers(int dim, int row_groups) {
+  return 16384 / (16 * row_groups * dim) < 8 ? 16384 / (16 * row_groups * dim) : 8;
+}
 
 struct __align__(16) Step {
   int chunk;                    // of decode_warps tiles, from the start of the context
@@ -315,7 +317,8 @@ __device__ __forceinline__ void look_ahead(const AttentionParams& p, const Decod
 
 // T: __nv_bfloat16 | __half, the type of the products. fp8: the cache has e4m3, T is __half and q and out have the type p.act.
 template <class T, bool fp8, int dim, int row_groups>
-__global__ void __launch_bounds__(decode_threads, 1) decode_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ DecodeLaunch d) {
+__global__ void __launch_bounds__(decode_threads, 1)
+    decode_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ DecodeLaunch d) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   using Shared = DecodeShared<T, fp8, dim, row_groups>;
   constexpr int tile_tokens = decode_tile(dim, fp8), chunk_tokens = tile_tokens * decode_warps, tiles16 = tile_tokens / 16;

@@ -3,6 +3,8 @@
 
 namespace octavo::cuda {
 
-void launch_decode_bf16(const AttentionParams& p, const DecodeLaunch& d, cudaStream_t stream) { launch_decode_instance<__nv_bfloat16, false>(p, d, stream); }
+void launch_decode_bf16(const AttentionParams& p, const DecodeLaunch& d, cudaStream_t stream) {
+  launch_decode_instance<__nv_bfloat16, false>(p, d, stream);
+}
 
 }  // namespace octavo::cuda

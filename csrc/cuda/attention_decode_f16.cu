@@ -3,6 +3,8 @@
 
 namespace octavo::cuda {
 
-void launch_decode_f16(const AttentionParams& p, const DecodeLaunch& d, cudaStream_t stream) { launch_decode_instance<__half, false>(p, d, stream); }
+void launch_decode_f16(const AttentionParams& p, const DecodeLaunch& d, cudaStream_t stream) {
+  launch_decode_instance<__half, false>(p, d, stream);
+}
 
 }  // namespace octavo::cuda

@@ -3,6 +3,8 @@
 
 namespace octavo::cuda {
 
-void launch_decode_fp8(const AttentionParams& p, const DecodeLaunch& d, cudaStream_t stream) { launch_decode_instance<__half, true>(p, d, stream); }
+void launch_decode_fp8(const AttentionParams& p, const DecodeLaunch& d, cudaStream_t stream) {
+  launch_decode_instance<__half, true>(p, d, stream);
+}
 
 }  // namespace octavo::cuda

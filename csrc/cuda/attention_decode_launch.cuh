@@ -11,8 +11,9 @@ namespace octavo::cuda {
 template <class T, bool fp8, int dim, int row_groups>
 void launch_decode_instance(const AttentionParams& p, DecodeLaunch d, cudaStream_t stream) {
   constexpr int place_bytes = decode_warps * decode_tile(dim, fp8) * dim * (fp8 ? 1 : 2), fixed = decode_fixed_bytes(dim, row_groups);
-  // Steps that are loaded ahead must be known, so their queries must have room.
-  constexpr int most = 2 * query_buffers(dim, row_groups) - 5 < 7 ? 2 * query_buffers(dim, row_groups) - 5 : 7;
+  // Two places are filled while the third is used; more only where they are small, because the first step waits until all are found.
+  constexpr int most = place_bytes < 32768 ? 5 : 3;
+  static_assert((most + 1) / 2 + 2 <= query_buffers(dim, row_groups), "steps that are loaded ahead must be known, so their queries must have room");
   const int room = (device().shared_per_block - fixed) / place_bytes;
   d.places = room >= most ? most : (room - 1) / 2 * 2 + 1;
   if (room < 1) throw std::runtime_error("paged_attention: the device has too little shared memory");

@@ -186,11 +186,16 @@ __global__ void __launch_bounds__(32 * warps, tokens == 1 ? 4 : tokens == 2 ? 3 
     copies_commit();
   }
   locate();
+  // The place in the ring is a thread's own address, not an offset from it: of a common offset beside a thread's address, with a cache
+  // policy, ptxas 13.0 makes an instruction that is illegal (LDGSTS [R + UR] with a descriptor).
+  uint32_t weight_at = weight_ring;
 #pragma unroll 1
   for (int i = 0; i < stages; ++i) {
-    fetch_weights(weight_ring + i * weight_stage);
+    fetch_weights(weight_at);
     if (norm) copies_commit();
+    weight_at += weight_stage;
   }
+  weight_at = weight_ring;
   if (!norm) copies_commit();
   dependents_start();
   dependency_wait();
@@ -234,9 +239,7 @@ __global__ void __launch_bounds__(32 * warps, tokens == 1 ? 4 : tokens == 2 ? 3 
     }
   }
 
-  // The place in the ring is a thread's own address: of a common offset beside a thread's, with a cache policy, ptxas 13.0 makes an
-  // instruction that is illegal.
-  uint32_t weight_at = weight_ring, x_offset = 0;
+  uint32_t x_offset = 0;
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
     // --- product

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from octavo.config import ENVIRONMENT, nearest, unknown_environment
+from octavo.errors import ConfigError
 
 
 def add_parser(commands: Any) -> None:
@@ -45,7 +46,7 @@ def _devices() -> dict[str, str]:
     return {
         "cpu": f"{cpu_name()}, torch uses {torch.get_num_threads()}",
         "memory": f"{size_text(memory.total)}, {size_text(memory.available)} available",
-        "gpu": "none found" if names is None else f"{names}, driver {driver} (not used yet: this version runs on CPUs)",
+        "gpu": "none found" if names is None else f"{names}, driver {driver}{_gpu_note()}",
     }
 
 
@@ -55,7 +56,20 @@ def _kernels() -> dict[str, str]:
 
     if not ops.built():
         return {"cpu": "not built: the reference operators in plain torch are used (slow); make ext builds them"}
-    return {"cpu": f"built, {len(NAMES)} operators, instruction set {ops.isa()}"}
+    cuda = "built" if ops.cuda_built() else "not built; make cuda builds them where the CUDA toolkit is"
+    return {"cpu": f"built, {len(NAMES)} operators, instruction set {ops.isa()}", "cuda": cuda}
+
+
+def _gpu_note() -> str:
+    """Why a GPU that is there would not be used; nothing when it would."""
+    from octavo.config import EngineConfig
+    from octavo.worker.gpu import check_gpu
+
+    try:
+        check_gpu(EngineConfig(model="-", device="cuda"))
+    except ConfigError as error:
+        return f" (not used: {error})"
+    return ""
 
 
 def _environment() -> dict[str, str]:

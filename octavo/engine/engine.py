@@ -227,6 +227,9 @@ class Engine:
         self._failed += 1
         self._state.stats.failed_steps += 1
         _log.error("a step failed (%d in a row)", self._failed, exc_info=error)
+        if isinstance(error, EngineDead):  # the group says that there is nothing left to try
+            self._dead = str(error).rstrip(".")
+            raise error
         if self._failed >= MAX_FAILED_STEPS:
             self._dead = f"{self._failed} steps in a row have failed, the last with {type(error).__name__}"
             raise EngineDead(f"{self._dead}.") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.layers.linear import Linear
-from octavo.layers.norm import RMSNorm
+from octavo.layers.norm import Norm, RMSNorm
 from octavo.layers.rope import Rope
 from octavo.layers.weight import Slots, prefixed
 from octavo.layers.workspace import Workspace
@@ -67,8 +67,16 @@ class Attention:
 
     def __call__(self, out: Tensor, x: Tensor, work: Workspace, k_cache: Tensor, v_cache: Tensor) -> None:
         """out [tokens, hidden] from x [tokens, hidden]; caches [num_blocks, block_size, kv_heads, head_dim]."""
-        meta = work.meta
         self.qkv(work.qkv, x)
+        self._attend(out, work, k_cache, v_cache)
+
+    def advance(self, norm: Norm, work: Workspace, k_cache: Tensor, v_cache: Tensor) -> None:
+        """residual += delta, then delta = attention of the residual's norm."""
+        self.qkv.normed(work.qkv, norm, work)
+        self._attend(work.delta, work, k_cache, v_cache)
+
+    def _attend(self, out: Tensor, work: Workspace, k_cache: Tensor, v_cache: Tensor) -> None:
+        meta = work.meta
         self._enter(work, k_cache, v_cache)
         ops.paged_attention(
             work.heads, work.q, k_cache, v_cache, meta.block_tables, meta.rows, meta.query_start, meta.context_len,

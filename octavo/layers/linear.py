@@ -10,7 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from octavo.layers.weight import Slot, Slots, Vector, matrix
+from octavo import ops
+from octavo.layers.norm import Norm, RMSNorm
+from octavo.layers.weight import DenseWeight, Slot, Slots, Vector, matrix
+from octavo.layers.workspace import Workspace
 
 
 class Linear:
@@ -44,6 +47,29 @@ class Linear:
     def __call__(self, out: Tensor, x: Tensor) -> None:
         """out [tokens, all parts] from x [tokens, columns]."""
         self.weight.apply(out, x, self.bias)
+
+    def normed(self, out: Tensor, norm: Norm, work: Workspace) -> None:
+        """Advance the state, residual += delta, and out = this product of its norm; one launch where the device has it."""
+        w = self.weight
+        if isinstance(w, DenseWeight) and isinstance(norm, RMSNorm) and work.fuses and w.takes_norm(len(out)):
+            ops.norm_linear(
+                out, work.total, work.residual, work.delta, norm.weight, norm.eps, norm.offset, w.value, self.bias, w.scratch)
+            work.exchange()
+        else:
+            norm.add(work.normed, work.residual, work.delta)
+            self(out, work.normed)
+
+    def normed_gated(self, out: Tensor, norm: Norm, work: Workspace, kind: str) -> None:
+        """The same for ``gated``, with ``work.up`` as the room."""
+        w = self.weight
+        if isinstance(w, DenseWeight) and isinstance(norm, RMSNorm) and work.fuses and w.takes_norm(len(out)):
+            ops.norm_gated(
+                out, work.total, work.residual, work.delta, norm.weight, norm.eps, norm.offset, w.value, self.bias, kind,
+                w.scratch)
+            work.exchange()
+        else:
+            norm.add(work.normed, work.residual, work.delta)
+            self.gated(out, work.normed, kind, work.up)
 
     def gated(self, out: Tensor, x: Tensor, kind: str, both: Tensor) -> None:
         """out [tokens, n] = act(first part) * second part, two parts of n features; ``both`` is room for [tokens, 2 n]."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.layers.linear import Linear
+from octavo.layers.norm import Norm
 from octavo.layers.weight import Slots
 from octavo.layers.workspace import Workspace
 from octavo.parallel import Shards
@@ -39,6 +40,12 @@ class GatedMLP:
         self.down(out, work.act)
         self.shards.all_reduce(out)
 
+    def advance(self, norm: Norm, work: Workspace) -> None:
+        """residual += delta, then delta = this MLP of the residual's norm."""
+        self.up.normed_gated(work.act, norm, work, self.kind)
+        self.down(work.delta, work.act)
+        self.shards.all_reduce(work.delta)
+
 
 class PlainMLP:
     """down(act(up(x))). Arguments as of GatedMLP."""
@@ -61,6 +68,13 @@ class PlainMLP:
         ops.activation(work.act, work.up, self.kind)
         self.down(out, work.act)
         self.shards.all_reduce(out)
+
+    def advance(self, norm: Norm, work: Workspace) -> None:
+        """residual += delta, then delta = this MLP of the residual's norm."""
+        self.up.normed(work.up, norm, work)
+        ops.activation(work.act, work.up, self.kind)
+        self.down(work.delta, work.act)
+        self.shards.all_reduce(work.delta)
 
 
 MLP = GatedMLP | PlainMLP

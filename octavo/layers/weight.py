@@ -93,6 +93,10 @@ class PackedWeight:
         self.apply(both, x, bias)
         ops.gated_activation(out, both, kind)
 
+    def takes_norm(self, tokens: int) -> bool:
+        """Whether a norm before the product can be part of it: never here."""
+        return False
+
     def gather(self, out: Tensor, ids: Tensor) -> None:
         """out float32 [tokens, columns] = rows ids."""
         ops.embedding(out, ids, self.packed, self.rows)
@@ -109,8 +113,8 @@ class DenseWeight:
         self.rows, self.columns, self.dtype = rows, columns, dtype
         self.value = torch.empty(rows, columns, dtype=dtype, device=device)
         self._turned = self.value.t()
-        self._skinny = dtype != torch.float32 and columns % 8 == 0
-        self._scratch = _scratch(device)
+        self._skinny = dtype != torch.float32 and columns % 8 == 0 and _has_tensor_cores(device)
+        self._scratch = _scratch(device, torch.cuda.current_stream().cuda_stream if device.startswith("cuda") else 0)
 
     def take(self, start: int, part: Tensor) -> None:
         """Take rows start .. start + len(part), in any floating type, from any device."""
@@ -137,6 +141,15 @@ class DenseWeight:
         self.apply(both, x, bias)
         ops.gated_activation(out, both, kind)
 
+    def takes_norm(self, tokens: int) -> bool:
+        """Whether ``norm_linear`` and ``norm_gated`` of ops compute the product of so many tokens with the norm before it."""
+        return self._skinny and tokens <= SKINNY_ROWS
+
+    @property
+    def scratch(self) -> Tensor:
+        """What those two need beside the weight."""
+        return self._scratch
+
     def gather(self, out: Tensor, ids: Tensor) -> None:
         """out [tokens, columns] = rows ids."""
         ops.lookup(out, ids, self.value)
@@ -151,9 +164,15 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, device: str) -> Weight:
 
 
 @cache
-def _scratch(device: str) -> Tensor:
-    """Room for partial sums, zero between kernels; those of one stream use it in turn."""
+def _scratch(device: str, stream: int) -> Tensor:
+    """Room for normed rows: one piece for every stream on which models are built, whose kernels use it in turn."""
     return torch.zeros(SKINNY_SCRATCH, dtype=torch.float32, device=device)
+
+
+@cache
+def _has_tensor_cores(device: str) -> bool:
+    """Whether the device has the instructions of the skinny operators: from compute capability 8.0 on."""
+    return not device.startswith("cuda") or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _fill(destination: Tensor, tensor: Tensor) -> None:

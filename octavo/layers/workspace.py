@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.ops.attention import AttentionMeta
+from octavo.ops.fused import SKINNY_ROWS
 
 _ALIGN = 256  # bytes: kernels load whole cache lines
 
@@ -76,11 +77,12 @@ class Workspace:
         residual, delta, normed: [tokens, hidden]. qkv: [tokens, (heads + 2 kv_heads) * head_dim] with its views
         q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]. heads: [tokens, heads, head_dim], flat
         as mixed [tokens, heads * head_dim]. up: [tokens, up_size], the MLP's first product.
-        act: [tokens, intermediate].
+        act: [tokens, intermediate]. fuses: the residual stream is float32 beside narrower activations, as products that norm
+        their input want it; total: room for the stream's next value, for up to SKINNY_ROWS tokens.
     """
 
     __slots__ = (
-        "act", "delta", "heads", "k", "meta", "mixed", "normed", "positions", "q", "qkv", "residual", "up", "v",
+        "act", "delta", "fuses", "heads", "k", "meta", "mixed", "normed", "positions", "q", "qkv", "residual", "total", "up", "v",
     )
 
     def __init__(
@@ -91,6 +93,8 @@ class Workspace:
         self.positions, self.meta = positions, meta
         self.delta = delta
         self.residual = memory.take(delta.shape, residual_dtype).zero_()
+        self.fuses = residual_dtype == torch.float32 and dtype != torch.float32
+        self.total = memory.take((min(tokens, SKINNY_ROWS), delta.shape[1]), residual_dtype) if self.fuses else self.residual
         self.normed = normed
         q_size, qkv_size = num_heads * head_dim, (num_heads + 2 * num_kv_heads) * head_dim
         unit = _ALIGN // dtype.itemsize
@@ -103,6 +107,10 @@ class Workspace:
         self.heads = self.mixed.view(tokens, num_heads, head_dim)
         self.up = shared[: tokens * up_size].view(tokens, up_size)
         self.act = shared[act_at : act_at + tokens * intermediate].view(tokens, intermediate)
+
+    def exchange(self) -> None:
+        """The stream's next value has been written into ``total``, which becomes ``residual``."""
+        self.residual, self.total = self.total, self.residual
 
 
 def aligned(size: int) -> int:

@@ -88,10 +88,8 @@ class SequentialBlock:
 
     def __call__(self, work: Workspace, k_cache: Tensor, v_cache: Tensor) -> None:
         """See Block."""
-        self.attn_norm.add(work.normed, work.residual, work.delta)
-        self.attn(work.delta, work.normed, work, k_cache, v_cache)
-        self.mlp_norm.add(work.normed, work.residual, work.delta)
-        self.mlp(work.delta, work.normed, work)
+        self.attn.advance(self.attn_norm, work, k_cache, v_cache)
+        self.mlp.advance(self.mlp_norm, work)
 
 
 class ParallelBlock(SequentialBlock):

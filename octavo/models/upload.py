@@ -31,11 +31,12 @@ def upload(tensors: Iterable[tuple[str, Callable[[], Tensor]]], device: str) -> 
 
     def move(source: Tensor, target: Tensor) -> None:
         if not hasattr(local, "buffer"):
+            torch.cuda.set_device(main.device)  # a thread's own, too
             local.buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
             local.stream = torch.cuda.Stream(device)
         part = local.buffer[: source.nbytes].view(source.dtype)
         part.copy_(source)
-        with torch.cuda.stream(local.stream):
+        with torch.cuda.stream(local.stream), torch.inference_mode():  # the mode is a thread's own, and targets are made in it
             target.copy_(part, non_blocking=True)
         local.stream.synchronize()
 

@@ -5,11 +5,13 @@ launched and left to itself; its tokens stay in the rows of the device, where th
 through pinned memory. Decode steps and small mixed steps are replayed graphs, one for the forward pass and one for sampling;
 larger ones, and the sampling of mixed steps and of rows that ask for more than a token, are launched kernel by kernel.
 
-What a failed step leaves is as in ModelRunner: the tables as if it had succeeded, with token 0. Invariants: everything runs on
+What a failed step leaves is as in ModelRunner: the tables as if it had succeeded, with token 0; a device whose context is lost
+ends the engine. Invariants: everything runs on
 one stream, in the order of the plans; the only wait is for the event at the end of a step (DevicePending), and for edits that
 must see a row's last token; after the constructor no kernel of the common path allocates memory.
 """
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.config import EngineConfig
+from octavo.errors import ConfigError, EngineDead
 from octavo.layers.workspace import Arena
 from octavo.log import get_logger
 from octavo.models import registry
@@ -88,6 +91,7 @@ class CudaRunner:
             self._host = gpu.host_pool((*shape[:2], m.num_host_blocks, *shape[3:]), m.kv_dtype)
             self._events = [gpu.event() for _ in range(SLOTS)]
             self._last: DevicePending | None = None
+            self._slots: list[DevicePending | None] = [None] * SLOTS
             self._debug = config.debug_checksums
             self.steps = self.graph_steps = 0
             self._row_sizes = sizes(m.max_num_seqs)
@@ -120,6 +124,9 @@ class CudaRunner:
         """
         with self._gpu.use(self._stream), torch.inference_mode():
             started = time.perf_counter()
+            earlier = self._slots[plan.step % SLOTS]
+            if earlier is not None:  # its staging and its results are about to be written again
+                earlier.settle()
             self.tables.apply(plan)
             self._edits.apply(plan)
             pending = DevicePending(self, plan, started, self._last)
@@ -131,17 +138,34 @@ class CudaRunner:
             if self._debug:
                 pending.checksum = self._checksum()
             self._events[pending.slot].record(self._stream)
-            self._last = pending
+            self._last = self._slots[pending.slot] = pending
             return pending
 
     def close(self) -> None:
-        """Wait for the device and give the host's memory back."""
-        self._stream.synchronize()
-        self._host.close()
+        """Wait for the device and give its memory and the host's back; nothing can be submitted afterwards."""
+        try:
+            self._stream.synchronize()
+            for pending in self._slots:
+                if pending is not None:
+                    pending.settle()
+        finally:
+            self._host.close()
+            self._slots, self._last, self._graphs, self._functions = [None] * SLOTS, None, None, {}
+            for name in ("kv", "_decoder", "_rows", "_arena", "_hidden", "_gathered", "_logits", "_edits", "_sampler", "_host"):
+                delattr(self, name)
+            gc.collect()  # tensors and functions refer to each other
+            self._gpu.trim()
 
     def wait(self, slot: int) -> None:
-        """Wait for the end of the step that uses a slot."""
-        self._events[slot].synchronize()
+        """Wait for the end of the step that uses a slot.
+
+        Raises:
+            EngineDead: the device's context is lost.
+        """
+        try:
+            self._events[slot].synchronize()
+        except torch.AcceleratorError as error:
+            raise EngineDead(f"the GPU's context is lost: {error}") from error
 
     def done(self, slot: int) -> bool:
         """Whether it has ended."""
@@ -156,9 +180,14 @@ class CudaRunner:
         self.steps += 1
         try:
             self._launch(plan, pending)
+        except torch.AcceleratorError as error:
+            raise EngineDead(f"the GPU's context is lost: {error}") from error
         except Exception as error:
             pending.error = error
             self._pass_over(plan)
+            # The step that was planned meanwhile counts on this one's changes, which may not have reached the device: once more.
+            self._stream.synchronize()
+            self._send(plan, pending.slot, staging.NONE, staging.NONE, staging.NONE)
             return
         rows = plan.sample_rows.astype(np.intp)
         pending.expect(rows, self.tables)
@@ -264,12 +293,22 @@ class CudaRunner:
         device, host = self.memory.num_blocks, self.memory.num_host_blocks
         if len(plan.swap_out):
             pairs = checked_pairs(plan.swap_out, device, host, "swap out")
-            self._aside(pending, partial(ops.swap_blocks, self.kv, self.host_kv, pairs))
+            self._aside(pending, partial(self._swap, self.kv, self._host.tensor, pairs))
         if len(plan.copies):
             ops.copy_blocks(self.kv, checked_pairs(plan.copies, device, device, "copy"))
         if len(plan.swap_in):
             pairs = checked_pairs(plan.swap_in, host, device, "swap in")
-            self._aside(pending, partial(ops.swap_blocks, self.host_kv, self.kv, pairs))
+            self._aside(pending, partial(self._swap, self._host.tensor, self.kv, pairs))
+
+    def _swap(self, source: Tensor, target: Tensor, pairs: Tensor) -> None:
+        try:
+            self._host.wait()
+        except ConfigError:  # memory that could not be pinned (said in the log): torch's own copies, slow and correct
+            reads, writes = pairs.long().unbind(1)
+            part = source[:, :, reads.to(source.device)]
+            target[:, :, writes.to(target.device)] = part.to(target.device)
+        else:
+            ops.swap_blocks(source, target, pairs)
 
     def _aside(self, pending: "DevicePending", move: Callable[[], None]) -> None:
         begin, end = self._gpu.event(timing=True), self._gpu.event(timing=True)

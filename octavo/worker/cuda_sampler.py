@@ -1,8 +1,8 @@
 """Sampling on a GPU for steps in which somebody asks for more than a token: edits, penalties, logprobs, beams.
 
 Owns the order of those rows' last metres (see Sampler, whose order it is); steps in which nobody asks never come here. Nothing
-waits for the device but the edits that must see a row's own last token. Invariant: what a row gets here are the bits that it
-would get from the sampling graph.
+waits for the device but the edits that must see a row's own last token. Invariant: a row's token and logprobs depend on its own
+logits alone; these may differ by rounding from those of a graph, whose product is of a padded number of rows.
 """
 
 from collections.abc import Callable
@@ -78,7 +78,7 @@ class CudaSampler:
             part = slice(start, min(start + PROMPT_TILE, len(tokens)))
             scores.fill(part, head(hidden[places[part]]), tokens[part])
         scores.fetch()
-        return lambda: spans.split(scores.host(), self._tables)
+        return lambda: spans.split(scores.host())
 
     def _score(
         self, plan: StepPlan, rows: Index, asking: Index, wanted: Int32, logits: Tensor, scored: Tensor | None, tokens: Tensor,
@@ -87,9 +87,9 @@ class CudaSampler:
         t = self._tables
         if scored is None:
             scored = logits if len(asking) == len(rows) else logits[places]
-            if self._processed:
+            if self._processed:  # in place: the tokens are drawn by now, and nobody reads these logits again
                 heat = t.temperature[rows[asking]]
-                scored = scored / there(np.where(heat > 0, heat, np.float32(1.0)), self._gpu.name).unsqueeze(1)
+                scored.div_(there(np.where(heat > 0, heat, np.float32(1.0)), self._gpu.name).unsqueeze(1))
         own = tokens[places].masked_fill_(there(t.beam[rows[asking]], self._gpu.name), -1)
         scores = DeviceScores(len(asking), min(int(wanted[asking].max()), logits.shape[1]), self._gpu)
         scores.fill(slice(0, len(asking)), scored, own)

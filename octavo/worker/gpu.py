@@ -4,6 +4,7 @@ Owns the sentences for GPUs that are absent, too old or taken, and everything th
 can put a pretended device in its place. Invariant: a ``Gpu`` that exists can be used by torch and by our kernels.
 """
 
+import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -48,9 +49,10 @@ def check_gpu(config: EngineConfig) -> None:
     try:
         counts = torch.zeros((1, 1), dtype=torch.int32, device="cuda")
         ops.count_tokens(counts, counts[0], counts[0])
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(f"device cuda: {name} has no free memory at all; another process has taken it.", "device") from error
-    except RuntimeError as error:
+    except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors too
+        if "out of memory" in str(error):
+            text = f"device cuda: {name} has no free memory at all; other processes have taken it."
+            raise ConfigError(text, "device") from error
         if "kernel image" not in str(error):
             raise
         raise ConfigError(
@@ -62,19 +64,21 @@ class Gpu:
     """The current GPU.
 
     Attributes:
-        name: what torch calls it.
+        name: what torch calls it, with its number: threads have a current device of their own.
 
     Raises:
         ConfigError: see check_gpu.
     """
 
-    name = "cuda"
-
     def __init__(self, config: EngineConfig) -> None:
         check_gpu(config)
+        self.name = f"cuda:{torch.cuda.current_device()}"
 
     def memory(self) -> Machine:
         """Its memory, with what this process and others have taken of it already."""
+        if torch.cuda.memory_reserved():  # of an engine that was closed: torch may hold what nobody uses any more
+            gc.collect()
+            self.trim()
         free, total = torch.cuda.mem_get_info()
         return Machine("cuda", total, free, int(psutil.virtual_memory().total))
 
@@ -100,7 +104,7 @@ class Gpu:
 
     def host_pool(self, shape: Sequence[int], dtype: torch.dtype) -> HostPool:
         """Host memory for blocks."""
-        return HostPool(shape, dtype)
+        return HostPool(shape, dtype, self.name)
 
     def trim(self) -> None:
         """Give memory that torch holds and nobody uses back to the GPU."""

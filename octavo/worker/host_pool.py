@@ -6,6 +6,7 @@ returned, and it stays pinned until it is closed.
 
 import mmap
 import threading
+import weakref
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -17,7 +18,7 @@ from octavo.log import get_logger
 
 PAGE = mmap.PAGESIZE
 PIECE = 8 * 2**20  # bytes pinned at once: the driver's lock is held for as long, and launches wait for it
-PAUSE = 0.05  # seconds between two pieces while nobody waits for them
+PAUSE = 0.1  # seconds between two pieces while nobody waits for them
 logger = get_logger(__name__)
 
 
@@ -25,16 +26,18 @@ class HostPool:
     """Pinned memory of a shape, ready some time after it was made.
 
     Args:
-        shape, dtype: of the tensor.
+        shape, dtype: of the tensor. device: the GPU whose context pins it.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: str = "cuda") -> None:
+        self._device = device
         self.tensor: Tensor = torch.empty(shape, dtype=dtype)
         self._pinned: list[int] = []
         self._error = ""
         self._stop = threading.Event()
         self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._pin, name="octavo-pin", daemon=True)
+        self._unpin = weakref.finalize(self, _unpin, self._pinned)
         if self.tensor.numel():
             self._thread.start()
 
@@ -57,12 +60,19 @@ class HostPool:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
-        cudart = torch.cuda.cudart()
-        for start in self._pinned:
-            cudart.cudaHostUnregister(start)
-        self._pinned.clear()
+        self._unpin()
 
     def _pin(self) -> None:
+        try:
+            if torch.cuda.is_initialized():
+                torch.cuda.set_device(self._device)  # a thread's own
+            with torch.inference_mode():  # the tensor may have been made in it, and the mode is a thread's own
+                self._pin_pieces()
+        except Exception as error:
+            self._error = str(error)
+            logger.exception("Host memory for swapping could not be pinned.")
+
+    def _pin_pieces(self) -> None:
         cudart = torch.cuda.cudart()
         content = self.tensor.view(-1).view(torch.uint8)
         base, end = self.tensor.data_ptr(), self.tensor.data_ptr() + self.tensor.nbytes
@@ -80,3 +90,10 @@ class HostPool:
             self._pinned.append(start)
             if not self._hurry.is_set():
                 self._stop.wait(PAUSE)
+
+
+def _unpin(starts: list[int]) -> None:
+    """Give pinned pieces back, before their memory goes."""
+    for start in starts:
+        torch.cuda.cudart().cudaHostUnregister(start)
+    starts.clear()

@@ -129,7 +129,13 @@ class PenaltyPool:
         counts, mask = self.counts[slot], self.prompt_mask[slot]
         mask.zero_()
         mask.index_fill_(0, there(prompt.astype(np.int64), self._device), True)
-        counts.copy_(torch.from_numpy(np.bincount(output, minlength=self._shape[1])))
+        if self._device == "cpu":
+            counts.copy_(torch.from_numpy(np.bincount(output, minlength=self._shape[1])))
+            return
+        counts.zero_()
+        if len(output):
+            places = np.full(len(output), slot, np.int32)
+            ops.count_tokens(self.counts, there(places, self._device), there(np.array(output), self._device))
 
     def _allocate(self) -> None:
         self.counts = torch.empty(self._shape, dtype=torch.int32, device=self._device)
@@ -212,18 +218,13 @@ class LogitEdits:
         Returns:
             bool [S], where the logits are: rows that had a NaN before an edit could hide it, or whose processor failed.
         """
-        spoiled = torch.zeros(len(rows), dtype=torch.bool)
-        asking = np.flatnonzero(self._asking[rows])
-        broken = None
-        if asking.size:
-            places = there(asking, self._device)
-            broken = logits[places].isnan().any(-1)
-        for i in asking.tolist():
-            if not self._rows[int(rows[i])].apply(logits[i], self._tables.output(int(rows[i]))):
-                spoiled[i] = True
-        spoiled = spoiled.to(self._device, non_blocking=True)
-        if broken is not None:
-            spoiled[places] |= broken
+        spoiled = torch.zeros(len(rows), dtype=torch.bool, device=self._device)
+        failed = np.zeros(len(rows), np.bool_)
+        for i in np.flatnonzero(self._asking[rows]).tolist():  # row by row: a copy of all logits would not be in the memory plan
+            spoiled[i] = logits[i].isnan().any()
+            failed[i] = not self._rows[int(rows[i])].apply(logits[i], self._tables.output(int(rows[i])))
+        if failed.any():
+            spoiled |= there(failed, self._device)
         slots = self.pool.slots[rows]
         if (slots >= 0).any():
             assert self.pool.counts is not None and self.pool.prompt_mask is not None

@@ -22,6 +22,7 @@ from octavo.layers.workspace import aligned
 from octavo.models.decoder import residual_dtype
 from octavo.models.source import ModelSource
 from octavo.models.spec import DecoderSpec, RopeSpec
+from octavo.ops.fused import SKINNY_ROWS
 from octavo.worker.attention_sizes import attention_sizes
 from octavo.worker.gpu import usable
 from octavo.worker.machine import GIB, Machine, size_text
@@ -31,6 +32,7 @@ from octavo.worker.staging import capacity
 CPU_POOL = 4 * GIB
 HOST_SHARE = 0.7  # most of the host's memory that swap_space may ask for
 CUDA_RESERVE = GIB  # context, libraries, graphs
+CUDA_ROWS = 2048  # sequences that one work list of attention holds
 PANEL = 32  # rows of a packed panel
 FLOAT = 4
 DTYPES = {
@@ -40,6 +42,7 @@ DTYPES = {
     "float": torch.float32,
     "float32": torch.float32,
 }
+FP8 = ("fp8", "fp8_e4m3")
 DEFAULTS = {"cpu": (64, 2048), "cuda": (1024, 16384)}  # max_num_seqs, max_num_batched_tokens
 
 
@@ -130,7 +133,7 @@ def plan_memory(spec: DecoderSpec, config: EngineConfig, dtype: torch.dtype, mac
             "max_model_len",
         )
     num_seqs, budget = _limits(config, machine.device, wanted)
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else DTYPES[config.kv_cache_dtype]
+    kv_dtype = _kv_dtype(config, machine.device, dtype)
     block_bytes = token_bytes(spec, kv_dtype) * config.block_size
     rows = _fixed_rows(spec, dtype, machine, wanted, num_seqs, budget, config.block_size)
     fixed = sum(row.bytes for row in rows)
@@ -169,6 +172,22 @@ def plan_memory(spec: DecoderSpec, config: EngineConfig, dtype: torch.dtype, mac
         window_waste=window_waste(spec, kv_dtype, fitted),
         notes=tuple(notes),
     )
+
+
+def _kv_dtype(config: EngineConfig, device: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of the KV cache: any plain one on a CPU; on a GPU the weights' own, or 8-bit."""
+    named = config.kv_cache_dtype
+    if named == "auto":
+        return dtype
+    if named in FP8:
+        if device == "cpu":
+            raise ConfigError(
+                f"kv_cache_dtype {named} needs a GPU; a CPU's cache is float32, bfloat16 or float16.", "kv_cache_dtype")
+        return torch.float8_e4m3fn
+    if device == "cuda" and DTYPES[named] != dtype:
+        raise ConfigError(
+            f"kv_cache_dtype {named} must be the type of the weights on a GPU ({dtype_name(dtype)}), or fp8.", "kv_cache_dtype")
+    return DTYPES[named]
 
 
 def token_bytes(spec: DecoderSpec, kv_dtype: torch.dtype) -> int:
@@ -217,7 +236,8 @@ def step_bytes(spec: DecoderSpec, tokens: int, dtype: torch.dtype = torch.float3
     shared = max(_ceil(tokens * qkv, unit) * unit + tokens * q, _ceil(tokens * mlp, unit) * unit + tokens * s.intermediate)
     residual = residual_dtype(s, dtype).itemsize
     columns = s.embedding_dim or s.hidden
-    vectors = (tokens * s.hidden * size, tokens * columns * size, tokens * s.hidden * residual)
+    fused = min(tokens, SKINNY_ROWS) * s.hidden * residual if residual > size else 0
+    vectors = (tokens * s.hidden * size, tokens * columns * size, tokens * s.hidden * residual, fused)
     wide = 2 * tokens * s.hidden * size if columns != s.hidden or s.positions else 0  # before the first layer, in torch's hands
     return sum(map(aligned, (*vectors, shared * size))) + wide
 
@@ -266,6 +286,8 @@ def _limits(config: EngineConfig, device: str, length: int) -> tuple[int, int]:
     num_seqs = config.max_num_seqs
     if num_seqs is None:
         num_seqs = min(seqs_default, config.max_num_batched_tokens or seqs_default)
+    if device == "cuda" and num_seqs > CUDA_ROWS:
+        raise ConfigError(f"max_num_seqs must be at most {CUDA_ROWS} on a GPU, got {num_seqs}.", "max_num_seqs")
     longest = 0 if config.enable_chunked_prefill else length
     budget = config.max_num_batched_tokens or max(budget_default, num_seqs, longest)
     if budget < longest:
@@ -284,7 +306,7 @@ def _pool(config: EngineConfig, machine: Machine, fixed: int, block_bytes: int, 
     taken = 0 if on_cpu else machine.total - machine.available
     left = int(share * memory) - taken - fixed - block_bytes  # one is the scratch block
     if taken:
-        measured += f", of which {size_text(taken)} are taken already,"
+        measured += f" ({size_text(taken)} of them are taken already)"
     how = param = "gpu_memory_utilization"
     if config.num_gpu_blocks_override is not None:
         num_blocks, how = config.num_gpu_blocks_override, "num_gpu_blocks_override"

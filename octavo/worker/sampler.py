@@ -58,22 +58,24 @@ class PromptSpans:
 
     Attributes:
         rows, firsts, counts: per row that asked, its slot, the index of its first scored token, and how many there are.
-        places: int64, the computed tokens whose logits are read. tokens: int32, what is scored. k: most alternatives.
+        ks: per such row, how many alternatives it wants. k: the most of them.
+        places: int64, the computed tokens whose logits are read. tokens: int32, what is scored.
     """
 
     rows: list[int]
     firsts: list[int]
     counts: list[int]
+    ks: list[int]
     places: Index
     tokens: Int32
     k: int
 
-    def split(self, scores: Scores, tables: Tables) -> list[RowLogprobs]:
+    def split(self, scores: Scores) -> list[RowLogprobs]:
         """The scores row by row."""
         ends = np.cumsum(self.counts).tolist()
         return [
-            scores.row(row, first, slice(end - n, end), int(tables.prompt_logprobs[row]), self.tokens[end - n : end].copy())
-            for row, first, n, end in zip(self.rows, self.firsts, self.counts, ends, strict=True)
+            scores.row(row, first, slice(end - n, end), k, self.tokens[end - n : end].copy())
+            for row, first, n, k, end in zip(self.rows, self.firsts, self.counts, self.ks, ends, strict=True)
         ]
 
 
@@ -82,7 +84,7 @@ def prompt_spans(plan: StepPlan, tables: Tables, starts: npt.NDArray[np.int64]) 
     ks = tables.prompt_logprobs[plan.rows]
     if (ks < 0).all():
         return None
-    spans = PromptSpans([], [], [], np.empty(0, np.intp), np.empty(0, np.int32), int(ks.max()))
+    spans = PromptSpans([], [], [], [], np.empty(0, np.intp), np.empty(0, np.int32), int(ks.max()))
     places, tokens = [], []
     for i in np.flatnonzero(ks >= 0).tolist():
         row, start = int(plan.rows[i]), int(plan.starts[i])
@@ -91,6 +93,7 @@ def prompt_spans(plan: StepPlan, tables: Tables, starts: npt.NDArray[np.int64]) 
             spans.rows.append(row)
             spans.firsts.append(start + 1)
             spans.counts.append(count)
+            spans.ks.append(int(ks[i]))
             places.append(np.arange(starts[i], starts[i] + count))
             tokens.append(tables.tokens[row, start + 1 : start + 1 + count])
     if not places:
@@ -160,7 +163,7 @@ class Sampler:
         if spans is None:
             return []
         scores = _score_tiles(torch.from_numpy(spans.places), spans.tokens, spans.k, hidden, head)
-        return spans.split(scores, self._tables)
+        return spans.split(scores)
 
     def _draw(self, plan: StepPlan, rows: Index, logits: Tensor) -> Int32:
         """Tokens int32 [S]; -1 for a row with a NaN or without a finite logit."""

@@ -1,11 +1,11 @@
 """Staging: a plan as one array of 32-bit words, which is all that a GPU is sent for a step.
 
 Owns the packing; csrc/cuda/step.cu describes the layout and unpacks it (``ops.begin_step``). It does not know tensors. Invariant:
-what is sent grows with what a step computes and changes, never with what runs: a decode step sends three words a row and
-its appended blocks.
+what is sent grows with what a step computes and changes, never with what runs: a decode step sends eight words a row, and five
+for every block that is appended. A row has at most one last token in an array, so the order of its changes does not matter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -49,31 +49,34 @@ def changes(plan: StepPlan) -> list[Changes]:
     runs: list[Int32] = []
     blocks: list[Int32] = []
     filled = 0
+    for run, piece in _pieces(plan):
+        if filled + len(piece) > BLOCK_ROOM:
+            parts.append((np.concatenate(runs), np.concatenate(blocks), NONE))
+            runs, blocks, filled = [], [], 0
+        run[:, 3] += filled
+        runs.append(run)
+        blocks.append(piece)
+        filled += len(piece)
+    last = {new.row: int(new.tokens[-1]) for new in plan.new}
+    last.update(zip(plan.forced_rows.tolist(), plan.forced_tokens.tolist(), strict=True))  # of several tokens the last one
+    lasts = np.array(list(last.items()), np.int32) if last else NONE
+    parts.append((np.concatenate(runs) if runs else NO_RUNS, np.concatenate(blocks) if blocks else NONE, lasts))
+    return parts
+
+
+def _pieces(plan: StepPlan) -> Iterator[tuple[Int32, Int32]]:
+    """Runs [A, 4] and their blocks, at most BLOCK_ROOM of them at a time; offsets count from the first of the piece."""
     for new in plan.new:
         for start in range(0, len(new.blocks), BLOCK_ROOM):
             piece = np.asarray(new.blocks[start : start + BLOCK_ROOM], np.int32)
-            if filled + len(piece) > BLOCK_ROOM:
-                parts.append((np.stack(runs), np.concatenate(blocks), NONE))
-                runs, blocks, filled = [], [], 0
-            runs.append(np.array([new.row, start, len(piece), filled], np.int32))
-            blocks.append(piece)
-            filled += len(piece)
-    lasts = [np.array([new.row, new.tokens[-1]], np.int32) for new in plan.new]
-    if plan.forced_rows.size:
-        lasts.append(np.stack((plan.forced_rows, plan.forced_tokens), 1).ravel())
-    last = np.concatenate(lasts) if lasts else NONE
-    count = len(plan.append_rows)
-    if filled + count > BLOCK_ROOM:
-        parts.append((np.stack(runs), np.concatenate(blocks), NONE))
-        runs, blocks, filled = [], [], 0
-    if count:
-        single = np.empty((count, 4), np.int32)
-        single[:, 0], single[:, 1], single[:, 2] = plan.append_rows, plan.append_index, 1
-        single[:, 3] = np.arange(filled, filled + count)
-        runs.append(single.ravel())
-        blocks.append(np.asarray(plan.append_blocks, np.int32))
-    parts.append((np.concatenate(runs) if runs else NONE, np.concatenate(blocks) if blocks else NONE, last))
-    return parts
+            yield np.array([[new.row, start, len(piece), 0]], np.int32), piece
+    for start in range(0, len(plan.append_rows), BLOCK_ROOM):
+        part = slice(start, start + BLOCK_ROOM)
+        piece = np.asarray(plan.append_blocks[part], np.int32)
+        single = np.empty((len(piece), 4), np.int32)
+        single[:, 0], single[:, 1], single[:, 2] = plan.append_rows[part], plan.append_index[part], 1
+        single[:, 3] = np.arange(len(piece))
+        yield single, piece
 
 
 def token_ids(plan: StepPlan, tables: Tables, starts: npt.NDArray[np.int64]) -> Int32:

@@ -103,3 +103,17 @@ def use_references(monkeypatch):
     for name in ("paged_attention", "sample", "penalties", "token_logprobs", "gated_activation", "rms_norm", "add_rms_norm",
                  "copy_blocks", "swap_blocks"):
         monkeypatch.setattr(ops, name, getattr(reference, name))
+
+
+def fail_at(monkeypatch, name, *calls):
+    """The operator raises in its n-th calls from now on, counted from 1, and does what it did in all others."""
+    operator, count = getattr(ops, name), 0
+
+    def failing(*args):
+        nonlocal count
+        count += 1
+        if count in calls:
+            raise MemoryError("planted")
+        return operator(*args)
+
+    monkeypatch.setattr(ops, name, failing)

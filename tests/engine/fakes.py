@@ -361,7 +361,7 @@ class Bench:
 
     def __init__(self, *, blocks: int = 256, host_blocks: int = 0, block_size: int = 8, rows: int = 16, budget: int = 256,
                  max_model_len: int = 256, overlap: bool = False, seed: int = 0, check: bool = True,
-                 clock: Callable[[], float] | None = None, **options: object) -> None:
+                 patient: bool = False, clock: Callable[[], float] | None = None, **options: object) -> None:
         info = GroupInfo(
             num_blocks=blocks, num_host_blocks=host_blocks, block_bytes=1024, block_size=block_size,
             max_model_len=max_model_len, max_num_seqs=rows, max_num_batched_tokens=budget, vocab_size=VOCAB, device="cpu")
@@ -369,7 +369,7 @@ class Bench:
             **{"model": "fake", "disable_log_stats": True, "debug_checksums": True, "async_scheduling": overlap,
                **options})
         self.group = FakeGroup(info, asynchronous=overlap)
-        self.engine = Engine(config, self.group, seed=seed, **({} if clock is None else {"clock": clock}))
+        self.engine = Engine(config, self.group, seed=seed, patient=patient, **({} if clock is None else {"clock": clock}))
         self.checks = check
         self.faults = False
         self.requests: dict[str, EngineRequest] = {}

@@ -49,6 +49,39 @@ def test_prompts_take_512_tokens_while_others_decode_and_the_budget_when_nobody_
     assert sizes[:4] == [MIXED_PROMPT_TOKENS, MIXED_PROMPT_TOKENS, 1300 - 2 * MIXED_PROMPT_TOKENS, 1]
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_patient_engine_gives_prompts_the_whole_budget_while_others_decode(overlap):
+    def steps(patient):
+        """Prompt tokens of each step that computes some while a decodes, and what is generated."""
+        bench = Bench(budget=2048, max_model_len=4096, blocks=1024, rows=8, overlap=overlap, patient=patient)
+        plans = watch(bench)
+        bench.add("a", prompt(1, 100), max_tokens=60, eos=())
+        bench.step()
+        bench.add("b", prompt(2, 3000), max_tokens=4, eos=())
+        bench.add("c", prompt(3, 1500), max_tokens=4, eos=())
+        bench.run()
+        bench.assert_reference()
+        assert bench.group.most_tokens <= 2048
+        mixed = [sum(n for n in plan.counts.tolist() if n > 1) for plan in plans[1:]]
+        return [total for total in mixed if total], [bench.tokens(name) for name in "abc"]
+
+    patient, answers = steps(True)
+    # The row that decodes takes one token of the budget, and a prompt whose end is not reached ends at a block.
+    assert patient[0] == 2047 and 2040 <= patient[1] <= 2047 and sum(patient) == 4500 and len(patient) == 3
+    hurried, same = steps(False)
+    assert max(hurried) == MIXED_PROMPT_TOKENS and sum(hurried) == 4500 and same == answers
+
+
+def test_a_patient_engine_still_cuts_prompts_where_it_was_asked_to():
+    bench = Bench(budget=2048, max_model_len=4096, blocks=1024, rows=8, patient=True, long_prefill_token_threshold=700)
+    plans = watch(bench)
+    bench.add("a", prompt(1, 20), max_tokens=9, eos=())
+    bench.step()
+    bench.add("b", prompt(2, 1000), max_tokens=2, eos=())
+    bench.step()
+    assert plans[-1].counts.tolist() == [1, 696]
+
+
 @pytest.mark.parametrize(("threshold", "expected"), [(1, [1] * 8), (7, [7, 1, 7, 1, 7, 1]), (16, [16, 16, 8]), (20, [16, 16, 8])])
 def test_chunk_ends_are_aligned_where_that_costs_nothing(threshold, expected):
     bench = Bench(long_prefill_token_threshold=threshold)

@@ -1,11 +1,12 @@
 """Decode attention: the values against float64, and the promise that bits depend on nothing but a token's own query and keys.
 
-Cells that no token was written to hold NaN, blocks that nobody owns too, and unused entries of the block tables (those that have left a
-window among them) name no block. Every case is computed with room for partial results, without room, and without a plan: the bits must
-be the same.
+Cells that no token was written to hold NaN, blocks that nobody owns too, and unused entries of the block tables (those that have
+left a window among them) name no block. Every case is computed with room for partial results, without room, and without a plan:
+the bits must be the same.
 
-Tolerance: scores and softmax are float32; the weights are rounded to the type of the products (half a unit: 2^-8 of bfloat16, 2^-11 of
-float16, whose weights below 2^-14 lose more, but add less), and the output once more: both bound by the sum of weighted |values|.
+Tolerance: scores and softmax are float32; the weights are rounded to the type of the products (half a unit: 2^-8 of bfloat16,
+2^-11 of float16, whose weights below 2^-14 lose more, but add less), and the output once more: both bound by the sum of weighted
+|values|.
 """
 
 import math
@@ -111,8 +112,10 @@ class Step:
             ops.attention_plan(work, starts, contexts, heads, kv_heads, case.head_dim, case.window, max_query, room)
         for _ in range(2 if room else 1):  # twice: the first run leaves the counters as it found them
             out.fill_(math.nan)
-            ops.paged_attention(out, q, self.k, self.v, self.tables, rows, starts, contexts, case.head_dim**-0.5, case.window, case.softcap,
-                                self.slopes, *self.scales, work, partials, max_query)
+            ops.paged_attention(
+                out, q, self.k, self.v, self.tables, rows, starts, contexts, case.head_dim**-0.5, case.window, case.softcap,
+                self.slopes, *self.scales, work, partials, max_query,
+            )
         return out
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -154,12 +157,15 @@ def check(case: Case) -> None:
     limit = bound * (ROUNDING[products] + 4e-5) + exact.abs() * ROUNDING[case.act] + 1e-6
     wrong = ~((out.double() - exact).abs() <= limit) & used[:, None, None]
     places = wrong.nonzero()
-    assert not len(places), f"{case}: {len(places)} of {out.numel()} wrong, first {places[0].tolist()}, last {places[-1].tolist()}: " \
+    assert not len(places), (
+        f"{case}: {len(places)} of {out.numel()} wrong, first {places[0].tolist()}, last {places[-1].tolist()}: "
         f"{out[wrong][:4].tolist()} for {exact[wrong][:4].tolist()}, worst {(out.double() - exact).abs()[wrong].max():.3g}"
+    )
     assert out[~used].isnan().all(), f"{case}: a row of no sequence was written"
     for room in (0, 40, None):
         other = step.run(room)
-        assert torch.equal(other[used], out[used]), f"{case}: {int((other[used] != out[used]).sum())} bits differ with room for {room}"
+        differ = int((other[used] != out[used]).sum())
+        assert torch.equal(other[used], out[used]), f"{case}: {differ} elements differ with room for {room}"
 
 
 @pytest.mark.parametrize("act", (BF16, F16), ids=str)
@@ -200,8 +206,10 @@ def test_windows(window):
     check(Case(SHORT, window=window, block_size=8, head_dim=64))
 
 
-@pytest.mark.parametrize("more", ({"softcap": 30.0, "size": 20.0}, {"alibi": True}, {"softcap": 50.0, "alibi": True, "window": 333}),
-                         ids=("softcap", "alibi", "all"))
+@pytest.mark.parametrize(
+    "more", ({"softcap": 30.0, "size": 20.0}, {"alibi": True}, {"softcap": 50.0, "alibi": True, "window": 333}),
+    ids=("softcap", "alibi", "all"),
+)
 @pytest.mark.parametrize("sequences", (ONES, SHORT), ids=("ones", "short"))
 def test_features(sequences, more):
     for head_dim in (64, 128, 256):
@@ -213,7 +221,9 @@ def test_large_scores():
     check(Case(size=0.0))
 
 
-@pytest.mark.parametrize("sequences", (LONG, ((1, 32768),), ((1, 131072),), ((1, 20000), (1, 1), (1, 700)) * 2), ids=lambda s: str(len(s)))
+@pytest.mark.parametrize(
+    "sequences", (LONG, ((1, 32768),), ((1, 131072),), ((1, 20000), (1, 1), (1, 700)) * 2), ids=("two", "32k", "128k", "mixed")
+)
 def test_long_contexts(sequences):
     check(Case(sequences, block_size=32))
     check(Case(sequences, head_dim=64, heads=(3, 1)))
@@ -227,7 +237,10 @@ def test_many_sequences():
 
 
 def test_a_sequence_alone_gives_the_same_bits():
-    for case in (Case((*ONES, *LONG)), Case(SHORT, heads=(16, 2)), Case(SHORT, head_dim=64, heads=(9, 3), window=300), Case(SHORT, head_dim=256)):
+    for case in (
+        Case((*ONES, *LONG)), Case(SHORT, heads=(16, 2)), Case(SHORT, head_dim=64, heads=(9, 3), window=300),
+        Case(SHORT, head_dim=256),
+    ):
         step = Step(case)
         out = step.run()
         starts = step.starts.tolist()
@@ -263,8 +276,10 @@ def test_one_graph_serves_every_length(head_dim):
     def run():
         ops.attention_plan(work, step.starts, step.contexts, heads, kv_heads, head_dim, 0, 1, ROOM)
         for _ in range(3):  # layers: each waits for the one before
-            ops.paged_attention(out, step.q, step.k, step.v, step.tables, step.rows, step.starts, step.contexts, head_dim**-0.5, 0, 0.0, None, 1.0,
-                                1.0, work, partials, 1)
+            ops.paged_attention(
+                out, step.q, step.k, step.v, step.tables, step.rows, step.starts, step.contexts, head_dim**-0.5, 0, 0.0, None,
+                1.0, 1.0, work, partials, 1,
+            )
 
     run()
     torch.cuda.synchronize()
@@ -289,8 +304,10 @@ def test_contract():
     good = (out, step.q, step.k, step.v, step.tables, step.rows, step.starts, step.contexts, 0.1, 0, 0.0, None)
 
     def refused(words, **changed):
-        names = ("out", "q", "k_cache", "v_cache", "block_tables", "rows", "query_start", "context_len", "scale", "window", "softcap",
-                 "alibi_slopes")
+        names = (
+            "out", "q", "k_cache", "v_cache", "block_tables", "rows", "query_start", "context_len", "scale", "window", "softcap",
+            "alibi_slopes",
+        )
         with pytest.raises(RuntimeError, match=words):
             ops.paged_attention(*(changed.get(name, value) for name, value in zip(names, good, strict=True)))
 
@@ -312,4 +329,5 @@ def test_contract():
         ops.attention_plan(work, step.starts, step.contexts, 8, 3, 128, 0, 1, 0)
     with pytest.raises(RuntimeError, match="2048 sequences"):
         many = torch.zeros(2050, dtype=torch.int32, device="cuda")
-        ops.attention_plan(torch.zeros(work_ints(2049, 1), dtype=torch.int32, device="cuda"), many, many[:2049], heads, kv_heads, 128, 0, 1, 0)
+        enough = torch.zeros(work_ints(2049, 1), dtype=torch.int32, device="cuda")
+        ops.attention_plan(enough, many, many[:2049], heads, kv_heads, 128, 0, 1, 0)

@@ -123,7 +123,8 @@ def test_gated(shapes, dtype, scratch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_before_the_product(dtype, scratch):
     found = []
-    for k, n in ((1024, 4096), (2048, 3072), (4096, 512), (8192, 256), (896, 1152), (8, 3), (72, 33), (1000, 258), (16384, 64)):
+    shapes = ((1024, 4096), (2048, 3072), (4096, 512), (8192, 256), (896, 1152), (8, 3), (72, 33), (1000, 258), (16384, 64))
+    for k, n in (*shapes, (1024, 8192), (1000, 9001)):  # the last two: several tiles in a block
         w, bias = normal(k + n, 2 * n, k, dtype=dtype, scale=1 / math.sqrt(k)), normal(n, 2 * n)
         residual, delta = normal(3, 64, k, scale=4), normal(4, 64, k, dtype=dtype, scale=2)
         nw = normal(5, k, scale=0.1) + 0.5

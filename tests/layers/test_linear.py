@@ -5,7 +5,12 @@ import itertools
 import pytest
 import torch
 
+from octavo import ops
 from octavo.layers.linear import Linear
+from octavo.layers.norm import LayerNorm, RMSNorm
+from octavo.layers.workspace import Fresh, Workspace
+from octavo.ops import fused_reference, reference
+from octavo.ops.attention import AttentionMeta
 
 PARTS = {"q": 12, "k": 5, "v": 5}
 
@@ -53,3 +58,51 @@ def test_rows_of_a_wider_tensor_are_read_and_written() -> None:
     linear(out[:, :9], x[:, :6])
     torch.testing.assert_close(out[:, :9], x[:, :6] @ weight.T, rtol=1e-5, atol=1e-5)
     assert not out[:, 9:].any()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+@pytest.mark.parametrize("norm_kind", [RMSNorm, LayerNorm])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_norm_before_the_product_gives_the_same_in_one_launch_or_two(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, norm_kind: type, gated: bool
+) -> None:
+    """bfloat16 in the layout of a GPU: few tokens and an RMS norm go to the fused operator, the rest to two."""
+    launched = []
+    for name in ("norm_linear", "norm_gated", "skinny_linear", "skinny_gated"):
+        def run(*args: object, name: str = name) -> None:
+            launched.append(name)
+            getattr(fused_reference, name)(*args)
+        monkeypatch.setattr(ops, name, run)
+    for name in ("add_rms_norm", "add_layer_norm", "gated_activation"):
+        monkeypatch.setattr(ops, name, getattr(reference, name))
+    linear = Linear(16, {"gate": 8, "up": 8}, bias=True, dtype=torch.bfloat16, device="cpu:0")
+    for slot in linear.slots().values():
+        slot.store(torch.randn(slot.shape))
+    norm = RMSNorm(16, 1e-5, 0.0) if norm_kind is RMSNorm else LayerNorm(16, 1e-5, bias=True)
+    for slot in norm.slots().values():
+        slot.store(torch.rand(slot.shape) + 0.5)
+    empty = torch.empty(0, dtype=torch.int32)
+    work = Workspace(
+        torch.randn(tokens, 16).bfloat16(), torch.empty(tokens, 16, dtype=torch.bfloat16), torch.arange(tokens),
+        AttentionMeta(empty, empty, empty, empty, empty.long(), 0, 0), Fresh(), torch.float32, num_heads=1, num_kv_heads=1,
+        head_dim=4, up_size=16, intermediate=8)
+    work.residual.normal_()
+    state = work.residual + work.delta
+    normed = torch.empty(tokens, 16)
+    if norm_kind is RMSNorm:
+        reference.rms_norm(normed, state, norm.weight, 1e-5, 0.0)
+    else:
+        reference.layer_norm(normed, state, norm.weight, norm.bias, 1e-5)
+    product = normed @ linear.weight.value.float().T + linear.bias
+    out = torch.empty(tokens, 8 if gated else 16, dtype=torch.bfloat16)
+    if gated:
+        linear.normed_gated(out, norm, work, "silu")
+        wanted = torch.empty(tokens, 8)
+        reference.gated_activation(wanted, product, "silu")
+    else:
+        linear.normed(out, norm, work)
+        wanted = product
+    torch.testing.assert_close(out.float(), wanted, rtol=0.05, atol=0.1)
+    torch.testing.assert_close(work.residual, state)
+    fused = tokens <= 16 and norm_kind is RMSNorm
+    assert ("norm_gated" if gated else "norm_linear") in launched if fused else not {"norm_gated", "norm_linear"} & {*launched}

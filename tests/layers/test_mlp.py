@@ -29,8 +29,8 @@ def test_as_torch(kind: str, bias: bool, gated: bool) -> None:
         slot.store(p[name])
     x, out = torch.randn(6, 10), torch.empty(6, 10)
     work = Workspace(
-        torch.zeros(6, 10), torch.empty(6, 10), torch.arange(6), META, Fresh(), torch.float32, num_heads=1, num_kv_heads=1, head_dim=2,
-        up_size=13 * (1 + gated), intermediate=13)
+        torch.zeros(6, 10), torch.empty(6, 10), torch.arange(6), META, Fresh(), torch.float32, num_heads=1, num_kv_heads=1,
+        head_dim=2, up_size=13 * (1 + gated), intermediate=13)
     mlp(out, x, work)
     up = F.linear(x, p["up.weight"], p.get("up.bias"))
     inner = ACTS[kind](F.linear(x, p["gate.weight"], p.get("gate.bias"))) * up if gated else ACTS[kind](up)

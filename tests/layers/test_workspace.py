@@ -5,6 +5,7 @@ import torch
 
 from octavo.layers.workspace import Arena, Fresh, Workspace, aligned
 from octavo.ops.attention import AttentionMeta
+from octavo.ops.fused import SKINNY_ROWS
 
 EMPTY = torch.empty(0, dtype=torch.int32)
 META = AttentionMeta(EMPTY, EMPTY, EMPTY, EMPTY, EMPTY.long(), 0, 0)
@@ -18,10 +19,10 @@ def make(tokens: int) -> Workspace:
 
 def test_shapes() -> None:
     work = make(5)
-    shapes = {name: tuple(getattr(work, name).shape) for name in Workspace.__slots__ if name != "meta"}
+    shapes = {name: tuple(getattr(work, name).shape) for name in Workspace.__slots__ if name not in ("meta", "fuses")}
     assert shapes == {
-        "residual": (5, 10), "delta": (5, 10), "normed": (5, 10), "positions": (5,), "qkv": (5, 20), "q": (5, 3, 4),
-        "k": (5, 1, 4), "v": (5, 1, 4), "heads": (5, 3, 4), "mixed": (5, 12), "up": (5, 14), "act": (5, 7)}
+        "residual": (5, 10), "total": (5, 10), "delta": (5, 10), "normed": (5, 10), "positions": (5,), "qkv": (5, 20),
+        "q": (5, 3, 4), "k": (5, 1, 4), "v": (5, 1, 4), "heads": (5, 3, 4), "mixed": (5, 12), "up": (5, 14), "act": (5, 7)}
 
 
 def test_the_first_state_is_the_embedding() -> None:
@@ -57,3 +58,13 @@ def test_an_arena_gives_the_same_places_to_every_pass_and_nothing_twice() -> Non
         arena.take((1,), torch.uint8)
     arena.restart()
     assert arena.take((2, 5), torch.float32).data_ptr() == first[0].data_ptr()
+
+
+def test_a_float32_stream_beside_narrow_activations_has_room_for_its_next_value() -> None:
+    work = Workspace(
+        torch.ones(40, 8, dtype=torch.bfloat16), torch.empty(40, 8, dtype=torch.bfloat16), torch.arange(40), META, Fresh(),
+        torch.float32, num_heads=1, num_kv_heads=1, head_dim=4, up_size=14, intermediate=7)
+    before, total = work.residual, work.total
+    assert work.fuses and total.shape == (SKINNY_ROWS, 8) and total.dtype == before.dtype == torch.float32
+    work.exchange()
+    assert work.residual is total and work.total is before

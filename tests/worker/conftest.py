@@ -194,9 +194,9 @@ def tiny_spec(**changes):
     return DecoderSpec(**{**values, **changes})
 
 
-def tiny_decoder(spec, dtype=torch.float32, max_model_len=64):
+def tiny_decoder(spec, dtype=torch.float32, max_model_len=64, device="cpu"):
     """A decoder with random weights whose logits are far from flat."""
-    decoder = Decoder(spec, dtype=dtype, max_model_len=max_model_len)
+    decoder = Decoder(spec, dtype=dtype, max_model_len=max_model_len, device=device)
     rng = torch.Generator().manual_seed(1)
     for name, shape in decoder.expected().items():
         scale = 1.0 if len(shape) == 1 else 2.0 / shape[-1] ** 0.5

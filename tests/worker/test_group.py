@@ -1,4 +1,4 @@
-"""A local group gives the same results at once or from its thread, in order, and passes exceptions on."""
+"""A local group gives the same results at once or from its thread, in order, and passes exceptions on; a GPU's hands them on."""
 
 import threading
 from pathlib import Path
@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from octavo.config import EngineConfig
+from octavo.errors import ConfigError
 from octavo.models.source import ModelSource
 from octavo.plan import StepPlan, StepResult
-from octavo.worker.group import LocalGroup
+from octavo.worker import group as module
+from octavo.worker.group import GpuGroup, LocalGroup, check_supported, make_group
 from octavo.worker.runner import ModelRunner
 
 CONFIG = EngineConfig(model="tiny", max_num_seqs=4, num_gpu_blocks_override=32, swap_space=0, block_size=8)
@@ -119,3 +121,78 @@ def test_an_unknown_model_is_refused_at_start(tmp_path):
     config = {"architectures": ["Nonsense"]}
     with pytest.raises(ValueError, match="Nonsense"):
         LocalGroup(CONFIG, ModelSource("folder", tmp_path, config))
+
+
+class Gpu:
+    """A runner that launches what it is given, and says what was asked of it."""
+
+    def __init__(self):
+        self.info, self.asked = "info", []
+
+    def submit(self, plan):
+        self.asked.append(plan.step)
+        if plan.epoch % 2:
+            raise RuntimeError(f"step {plan.step} contradicts the tables")
+        return f"step {plan.step}, under way"
+
+    def set_processors(self, row, generation, fns):
+        self.asked.append((row, generation, fns))
+
+    def close(self):
+        self.asked.append("close")
+
+
+def test_the_group_of_a_gpu_launches_in_the_calling_thread():
+    runner = Gpu()
+    group = GpuGroup(CONFIG, SOURCE, runner=runner)
+    assert group.asynchronous and group.info == "info" and group.runner is runner
+    group.set_processors(1, 2, ["f"])
+    assert group.submit(StepPlan(epoch=0, step=0)) == "step 0, under way"
+    with pytest.raises(RuntimeError, match="step 1 contradicts"):  # nothing was launched: there is nothing to wait for
+        group.submit(StepPlan(epoch=1, step=1))
+    assert group.submit(StepPlan(epoch=0, step=2)) == "step 2, under way"
+    assert runner.asked == [(1, 2, ["f"]), 0, 1, 2]
+
+
+def test_a_closed_group_of_a_gpu_refuses_plans_and_closes_its_runner_once():
+    runner = Gpu()
+    group = GpuGroup(CONFIG, SOURCE, runner=runner)
+    group.close()
+    group.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        group.submit(StepPlan(epoch=0, step=0))
+    with pytest.raises(RuntimeError, match="closed"):
+        group.set_processors(0, 1, [])
+    assert runner.asked == ["close"]
+
+
+@pytest.mark.parametrize(
+    ("device", "usable", "expected"),
+    [("cpu", True, "cpu"), ("cuda", False, "cuda"), ("auto", True, "cuda"), ("auto", False, "cpu")],
+)
+def test_the_device_decides_which_group_is_made_and_what_is_checked(monkeypatch, device, usable, expected):
+    class Made(Gpu):
+        def __init__(self, config, source):
+            super().__init__()
+            self.given = config, source
+
+    checked = []
+    monkeypatch.setattr("octavo.worker.memory.usable", lambda: usable)
+    monkeypatch.setattr(module, "ModelRunner", Made)
+    monkeypatch.setattr(module, "CudaRunner", Made)
+    monkeypatch.setattr(module, "check_cpu", lambda config: checked.append("cpu"))
+    monkeypatch.setattr(module, "check_gpu", lambda config: checked.append("cuda"))
+    config = CONFIG.replace(device=device)
+    group = make_group(config, SOURCE)
+    assert type(group) is {"cpu": LocalGroup, "cuda": GpuGroup}[expected]
+    assert group.runner.given == (config, SOURCE)
+    check_supported(config)
+    assert checked == [expected]
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    config = CONFIG.replace(device="cuda")
+    for refuse in (lambda: check_supported(config), lambda: make_group(config, SOURCE)):
+        with pytest.raises(ConfigError, match="device cuda needs a torch with CUDA"):
+            refuse()

@@ -8,19 +8,36 @@ from pathlib import Path
 import pytest
 import torch
 
+from octavo import ops
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
-from octavo.layers.workspace import Fresh, aligned
+from octavo.layers.weight import DenseWeight
+from octavo.layers.workspace import Arena, Fresh, aligned
 from octavo.models import registry
 from octavo.models.source import ModelSource
 from octavo.models.spec import LayerSpec, RopeSpec
+from octavo.ops import fused_reference, reference
 from octavo.ops.attention import AttentionMeta
-from octavo.worker import machine
+from octavo.ops.library import GPU_NAMES
+from octavo.worker.attention_sizes import attention_sizes
+from octavo.worker.device import DeviceRows
+from octavo.worker.logit_edits import PenaltyPool
 from octavo.worker.machine import GIB, MIB, Machine
-from octavo.worker.memory import plan_memory, resolve_dtype, step_bytes, weight_bytes
+from octavo.worker.memory import PANEL, plan_memory, resolve_dtype, step_bytes, weight_bytes
 
 BF16 = torch.bfloat16
 MACHINE = Machine("cpu", 16 * GIB, 12 * GIB, 16 * GIB)
+GPU = Machine("cuda", 80 * GIB, 80 * GIB, 256 * GIB)
+PRETENDED = "cpu:0"  # a name of the CPU that is not "cpu": layers take a GPU's paths
+
+
+class PlainGpu:
+    """Where DeviceRows are made, without a GPU."""
+
+    name = PRETENDED
+
+    def pinned(self, shape, dtype):
+        return torch.zeros(shape, dtype=dtype)
 
 
 def llama(**sizes):
@@ -95,17 +112,18 @@ def test_llama_8b_on_a_gpu_of_80_gib():
         },
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_weights_are_what_a_decoder_holds(tiny, changes, dtype):
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), (BF16, "cpu"), (BF16, PRETENDED)])
+def test_weights_are_what_a_decoder_holds(tiny, changes, dtype, device):
     spec = tiny.spec(**changes)
+    DenseWeight(1, 8, dtype, PRETENDED)  # the room for partial sums that all matrices of a GPU share is there from now on
     gc.collect()
     before = [t for t in gc.get_objects() if type(t) is torch.Tensor]  # kept alive: ids of the dead come again
     known = {id(t) for t in before}
-    decoder = tiny.decoder(spec, dtype)
+    decoder = tiny.decoder(spec, dtype, device=device)
     gc.collect()
     own = [t for t in gc.get_objects() if type(t) is torch.Tensor and id(t) not in known]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own}
-    assert sum(held.values()) == weight_bytes(spec, dtype, 64)
+    assert sum(held.values()) == weight_bytes(spec, dtype, 64, PANEL if device == "cpu" else 1)
     assert decoder.spec is spec
 
 
@@ -125,6 +143,108 @@ def test_activations_are_the_workspace_of_a_step(tiny, changes):
     with pytest.raises(RuntimeError, match="paged_attention"):  # it has no blocks: the buffers are all made by then
         decoder.forward(tokens, tokens, torch.zeros(s.num_layers, 2, 1, 4, s.num_kv_heads, s.head_dim), meta, Counted())
     assert sum(taken) == step_bytes(s, 16)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize(
+    "changes", [{}, {"gated": False}, {"intermediate": 8}, {"num_kv_heads": 4}, {"norm_placement": "sandwich"},
+                {"norm_placement": "post", "final_norm": False}, {"parallel_residual": True, "norm": "layer"}],
+)  # fmt: skip
+def test_the_arena_of_a_gpu_is_what_a_step_takes(tiny, monkeypatch, changes, dtype):
+    for name in (*GPU_NAMES, "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"):
+        monkeypatch.setattr(ops, name, getattr(fused_reference if name in GPU_NAMES else reference, name))
+
+    def stop(*tensors, **rest):
+        raise StopIteration
+
+    monkeypatch.setattr(ops, "paged_attention", stop)
+    decoder = tiny.decoder(tiny.spec(**changes), dtype, device=PRETENDED)
+    s, tokens, zero = decoder.spec, torch.zeros(21, dtype=torch.int64), torch.tensor([0, 21], dtype=torch.int32)
+    meta = AttentionMeta(zero[:1].view(1, 1), zero[:1], zero, zero[1:], tokens - 1, 21, 21)
+    kv = torch.zeros(s.num_layers, 2, 1, 4, s.num_kv_heads, s.head_dim, dtype=dtype)
+    size = step_bytes(s, 21, dtype)
+    with pytest.raises(StopIteration):  # the buffers are all made by then
+        decoder.forward(tokens, tokens, kv, meta, Arena(size, PRETENDED))
+    with pytest.raises(RuntimeError, match=r"the arena of .* has no room"):
+        decoder.forward(tokens, tokens, kv, meta, Arena(size - 256, PRETENDED))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_the_tables_of_a_gpu_are_what_its_rows_hold(tiny, dtype):
+    """DeviceRows and the penalties' counters, but for the words around them."""
+    spec = tiny.spec()
+    found = plan(spec, GPU, dtype, max_num_seqs=50, max_num_batched_tokens=700, swap_space=0)
+    num, budget = found.max_num_seqs, found.max_num_batched_tokens
+    sizes = attention_sizes(spec, dtype, num, budget, found.max_model_len)
+    gc.collect()
+    before = {t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) is torch.Tensor}
+    device = DeviceRows(num, budget, math.ceil(found.max_model_len / 16), 16, sizes, spec.vocab_size, PlainGpu())
+    penalties = PenaltyPool(num, spec.vocab_size, PRETENDED)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor}
+    held = sum(size for pointer, size in storages.items() if pointer not in before)
+    pinned = device._host.nbytes + device.results.nbytes
+    table = rows(found)
+    assert penalties.counts.nbytes + penalties.prompt_mask.nbytes == table["penalties"]
+    assert sizes.bytes == table["attention"]
+    mine = held - pinned - table["penalties"] - table["attention"]
+    assert 0.8 * table["row tables"] < mine <= table["row tables"]
+
+
+def test_what_others_have_taken_of_a_gpu_is_not_there():
+    def fixed(found):
+        return found.total - rows(found)["KV pool"]
+
+    whole = plan(LLAMA_8B, Machine("cuda", 80 * GIB, 80 * GIB, 256 * GIB), device="cuda")
+    shared = plan(LLAMA_8B, Machine("cuda", 80 * GIB, 70 * GIB, 256 * GIB), device="cuda")
+    assert fixed(shared) == fixed(whole) and whole.num_blocks - shared.num_blocks == 10 * GIB // (2 * MIB)
+    assert shared.total <= 0.9 * 80 * GIB - 10 * GIB < shared.total + shared.block_bytes
+    assert "90% of 80.00 GiB of the device (10.00 GiB of them are taken already)" in shared.rows[-1].how
+    assert "taken" not in whole.rows[-1].how
+
+
+def test_llama_8b_on_a_gpu_by_hand():
+    found = rows(plan(LLAMA_8B, GPU, device="cuda", max_num_seqs=256, max_num_batched_tokens=8192))
+    # nothing is padded to panels; norms and the rotary table are float32
+    assert found["weights"] == 8_029_995_008 * 2 + 266_240 * 4 + 131072 * 128 * 4
+    # normed and embedded in bf16, the residual stream in float32 (twice for few tokens), and the MLP's three intermediate sizes
+    assert found["activations"] == 8192 * (2 * 4096 * 2 + 4096 * 4 + 3 * 14336 * 2) + 16 * 4096 * 4
+    assert found["logits"] == 2 * 256 * 128256 * 4 and found["penalties"] == 256 * 128256 * 5
+    assert found["reserve"] == GIB
+
+
+def test_the_cpu_default_of_the_pool_is_not_a_gpus():
+    found = plan(SMOLLM2, GPU, device="cuda", max_num_seqs=2, max_model_len=1000)
+    assert found.num_blocks * found.block_bytes > 60 * GIB  # more than two rows need: the rest keeps prefixes
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_e4m3"])
+def test_an_8_bit_cache_takes_half(name):
+    assert plan(LLAMA_8B, GPU, kv_cache_dtype=name).block_bytes == plan(LLAMA_8B, GPU).block_bytes // 2
+    with pytest.raises(ConfigError, match=f"kv_cache_dtype {name} needs a GPU"):
+        plan(LLAMA_8B, kv_cache_dtype=name)
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "options", "words", "param"),
+    [
+        (80, 9, {}, r"the KV pool would have no block: 90% of 80\.00 GiB of the device \(71\.00 GiB of them are taken already\) "
+         "leaves 0 bytes after .* for weights and workspace", "gpu_memory_utilization"),
+        (16, 16, {}, r"90% of 16\.00 GiB of the device leaves 0 bytes after", "gpu_memory_utilization"),
+        (80, 40, {"num_gpu_blocks_override": 15_000}, r"num_gpu_blocks_override asks for 15000 blocks \(29\.30 GiB\): with .* "
+         r"that makes .*, and there are 80\.00 GiB of the device \(40\.00 GiB of them are taken already\)\.",
+         "num_gpu_blocks_override"),
+        (80, 80, {"kv_cache_memory_bytes": 70 * GIB}, r"kv_cache_memory_bytes asks for 35840 blocks \(70\.00 GiB\)",
+         "kv_cache_memory_bytes"),
+        (80, 80, {"swap_space": 200}, r"more than 70% of the host's 256\.00 GiB", "swap_space"),
+        (80, 80, {"kv_cache_dtype": "float16"}, r"kv_cache_dtype float16 must be the type of the weights on a GPU \(bfloat16\)",
+         "kv_cache_dtype"),
+    ],
+    ids=["full", "too small", "blocks", "bytes", "swap", "cache"],
+)  # fmt: skip
+def test_a_gpu_that_is_full_or_too_small_is_an_error_with_numbers(total, free, options, words, param):
+    with pytest.raises(ConfigError, match=words) as caught:
+        plan(LLAMA_8B, Machine("cuda", total * GIB, free * GIB, 256 * GIB), device="cuda", max_num_seqs=256, **options)
+    assert caught.value.param == param
 
 
 def test_the_pool_follows_the_first_rule_that_applies():
@@ -229,14 +349,3 @@ def test_dtype(kind, config, option, device, expected):
 def test_an_unknown_dtype_of_a_checkpoint_is_named():
     with pytest.raises(ConfigError, match="'float8_e4m3fn' is not supported"):
         resolve_dtype(EngineConfig(model="m"), ModelSource("folder", Path("."), {"torch_dtype": "float8_e4m3fn"}))
-
-
-def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "CGROUPS", ((tmp_path, "max", "current", "inactive_file"),))
-    (tmp_path / "max").write_text("max\n")
-    (tmp_path / "current").write_text("300000000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000000\n")
-    whole = machine.machine_memory()
-    (tmp_path / "max").write_text("1000000000\n")
-    boxed = machine.machine_memory()
-    assert whole.total > boxed.total == boxed.host_total == 1_000_000_000 and boxed.available <= 800_000_000

@@ -1,0 +1,150 @@
+"""Host memory is pinned in pieces that meet at borders of pages, and given back whatever happened meanwhile.
+
+The driver is a fake that knows what the real one demands: it pins whole pages, none of them twice.
+"""
+
+import math
+import threading
+
+import pytest
+import torch
+
+from octavo.errors import ConfigError
+from octavo.worker import host_pool
+from octavo.worker.host_pool import PAGE, HostPool
+
+
+class Refusal:
+    """What the driver returns: a number that is 0 for success, and words."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def __int__(self):
+        return self.code
+
+    def __str__(self):
+        return f"refusal {self.code}"
+
+
+class Driver:
+    """Registered pieces by their start, and all that ever were; refuses from the n-th piece on."""
+
+    def __init__(self):
+        self.pieces, self.pages, self.seen, self.accepts = {}, set(), [], math.inf
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def cudaHostRegister(self, start, size, flags):
+        assert self.gate.wait(10)
+        if len(self.seen) >= self.accepts:
+            return Refusal(2)
+        pages = set(range(start // PAGE, -(-(start + size) // PAGE)))
+        assert size > 0 and not pages & self.pages, "a page is pinned twice"
+        self.pieces[start] = size
+        self.pages |= pages
+        self.seen.append((start, start + size))
+        return Refusal(0)
+
+    def cudaHostUnregister(self, start):
+        size = self.pieces.pop(start)
+        self.pages -= set(range(start // PAGE, -(-(start + size) // PAGE)))
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(host_pool, "PIECE", 4 * PAGE)
+    monkeypatch.setattr(host_pool, "PAUSE", 0.001)
+    return driver
+
+
+@pytest.mark.parametrize("size", [1, 100, PAGE, 4 * PAGE - 1, 4 * PAGE, 5 * PAGE + 1, 8 * PAGE, 40 * PAGE + 24, 10**6])
+def test_all_of_it_is_pinned_once(driver, size):
+    pool = HostPool((size,), torch.uint8)
+    tensor = pool.wait()
+    start, end = tensor.data_ptr(), tensor.data_ptr() + size
+    assert driver.seen[0][0] == start and driver.seen[-1][1] == end
+    borders = [stop for _, stop in driver.seen[:-1]]
+    assert borders == [begin for begin, _ in driver.seen[1:]] and all(border % PAGE == 0 for border in borders)
+    assert all(stop - begin <= 5 * PAGE for begin, stop in driver.seen)
+    assert not tensor.any()  # every page was made before it was pinned
+    pool.close()
+    assert not driver.pieces and not driver.pages
+
+
+def test_it_is_a_tensor_of_the_shape_asked_for(driver):
+    pool = HostPool((2, 3, 5, 7), torch.bfloat16)
+    assert pool.wait().shape == (2, 3, 5, 7) and pool.wait().dtype == torch.bfloat16
+    pool.close()
+
+
+def test_nothing_is_pinned_for_nothing(driver):
+    pool = HostPool((3, 0, 8), torch.float32)
+    assert pool.wait().numel() == 0 and driver.seen == []
+    pool.close()
+
+
+def test_nobody_gets_it_before_all_of_it_is_pinned(driver):
+    driver.gate.clear()
+    pool = HostPool((20 * PAGE,), torch.uint8)
+    got = []
+    waiting = threading.Thread(target=lambda: got.append(len(driver.pieces) if pool.wait() is pool.tensor else None))
+    waiting.start()
+    assert got == []
+    driver.gate.set()
+    waiting.join(10)
+    assert got == [len(driver.seen)] and len(driver.seen) >= 5
+    pool.close()
+
+
+def test_there_are_no_pauses_for_somebody_who_waits(driver, monkeypatch):
+    monkeypatch.setattr(host_pool, "PAUSE", 60.0)
+    driver.gate.clear()
+    pool = HostPool((40 * PAGE,), torch.uint8)
+    pool._hurry.set()  # as wait does, before the first piece is done
+    driver.gate.set()
+    pool.wait()
+    assert len(driver.seen) >= 10
+    pool.close()
+
+
+def test_close_ends_the_pinning_and_gives_back_what_was_pinned(driver, monkeypatch):
+    monkeypatch.setattr(host_pool, "PAUSE", 60.0)
+    pool = HostPool((40 * PAGE,), torch.uint8)
+    while not driver.seen:
+        pass
+    pool.close()
+    assert not driver.pieces and len(driver.seen) == 1
+    pool.close()
+
+
+@pytest.mark.parametrize("accepts", [0, 3])
+def test_a_refusal_is_an_error_with_the_size_and_the_reason(driver, accepts):
+    driver.accepts = accepts
+    pool = HostPool((20 * PAGE,), torch.uint8)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=rf"swap_space: {20 * PAGE} bytes .* could not be pinned: refusal 2\.") as caught:
+            pool.wait()
+        assert caught.value.param == "swap_space"
+    assert len(driver.pieces) == accepts
+    pool.close()
+    assert not driver.pieces
+
+
+def test_a_driver_that_breaks_is_an_error_too(monkeypatch, driver):
+    def broken():
+        raise RuntimeError("the driver is gone")
+
+    monkeypatch.setattr(torch.cuda, "cudart", broken)
+    pool = HostPool((20 * PAGE,), torch.uint8)
+    with pytest.raises(ConfigError, match="could not be pinned: the driver is gone"):
+        pool.wait()
+
+
+def test_it_may_be_made_where_no_gradients_are_kept(driver):
+    with torch.inference_mode():
+        pool = HostPool((20 * PAGE,), torch.uint8)
+        assert not pool.wait().any()
+    pool.close()
