@@ -28,6 +28,8 @@ LOGS = ROOT / "build" / "gpu-check"
 EXTENSIONS = (ROOT / "octavo" / "ops" / "_C.so", ROOT / "octavo" / "ops" / "_cuda.so")
 PARTS = ("build", "tests", "kernels", "engine", "sanitizer")
 LIMIT = 530  # seconds for everything
+QUICK = ("--quick",)  # of the engine's benchmark
+FULL = ("--budget", "75", "--iterations", "2", "--startup")
 SHOWN = 40  # lines of a failed step's output
 REFERENCES = ("floor", "ceiling", "peer")
 ENGINE = "from support import"  # in a test file: it runs engines, which share out the GPU's memory; nothing runs beside it
@@ -46,8 +48,10 @@ class Step:
     figures: bool = False  # its last line is a JSON object of figures
 
 
-def steps(parts: Sequence[str], full: bool = False, root: Path = ROOT, python: str = sys.executable) -> list[Step]:
-    """The commands of these parts, in order. full: the engine's benchmark with everything it has."""
+def steps(
+    parts: Sequence[str], engine_args: Sequence[str] = QUICK, root: Path = ROOT, python: str = sys.executable
+) -> list[Step]:
+    """The commands of these parts, in order. engine_args: what the engine's benchmark is called with."""
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     # Without torch's cache of memory every tensor is an allocation of its own, so that memcheck sees where it ends; a graph
     # cannot be captured then. Only our kernels are instrumented.
@@ -67,9 +71,7 @@ def steps(parts: Sequence[str], full: bool = False, root: Path = ROOT, python: s
         *(Step("kernels", Path(file).stem, 60, (python, file), figures=True) for file in benchmarks),
     ]
     if (root / "benchmarks" / "engine_gpu.py").is_file():
-        options = ("--budget", "75", "--iterations", "2", "--startup") if full else ("--quick",)
-        command = (python, "benchmarks/engine_gpu.py", *options)
-        every.append(Step("engine", "engine_gpu", 300, command, figures=True))
+        every.append(Step("engine", "engine_gpu", 300, (python, "benchmarks/engine_gpu.py", *engine_args), figures=True))
     every += [
         Step("sanitizer", f"{tool} {Path(file).stem}", 110, (*sanitizer, f"--tool={tool}", *few, file), plain, beside=True)
         for tool in ("memcheck", "racecheck") for file in kernels
@@ -207,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS)}")
     parser.add_argument("--full", action="store_true", help="all of the engine's benchmark: four minutes more")
+    parser.add_argument("--engine-args", metavar="ARGS", help="arguments of benchmarks/engine_gpu.py instead of a choice of ours")
     parser.add_argument("--commit", help="the commit, where the tree has no .git (else the file COMMIT)")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for everything")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file")
@@ -217,7 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     LOGS.mkdir(parents=True, exist_ok=True)
     check = Check(options.limit)
-    for group in grouped(steps(only, options.full)):
+    engine_args = shlex.split(options.engine_args) if options.engine_args else FULL if options.full else QUICK
+    for group in grouped(steps(only, engine_args)):
         check.run(group)
     missing = [path.name for path in EXTENSIONS if not path.is_file()]
     if missing:  # build_ext.py succeeds without a compiler, because the package runs without kernels

@@ -61,7 +61,7 @@ def test_parts_and_their_order(tmp_path: Path) -> None:
     ]
     assert [step.name for step in gpu_check.steps(["engine"], root=tmp_path)] == ["engine_gpu"]
     assert "--quick" in gpu_check.steps(["engine"], root=tmp_path)[0].command
-    assert "--quick" not in gpu_check.steps(["engine"], True, root=tmp_path)[0].command
+    assert "--quick" not in gpu_check.steps(["engine"], gpu_check.FULL, root=tmp_path)[0].command
 
 
 def test_the_results_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
