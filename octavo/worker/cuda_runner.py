@@ -15,7 +15,6 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from octavo.models import registry
 from octavo.models.decoder import Decoder
 from octavo.models.loader import load_model
 from octavo.models.source import ModelSource
-from octavo.plan import GroupInfo, Int32, RowLogprobs, StepPlan, StepResult
+from octavo.plan import GroupInfo, Int32, StepPlan
 from octavo.worker import staging
 from octavo.worker.attention_sizes import attention_sizes
 from octavo.worker.cuda_sampler import CudaSampler
@@ -40,6 +39,7 @@ from octavo.worker.graphs import MIXED_SIZES, sizes
 from octavo.worker.logit_edits import LogitEdits, Processor
 from octavo.worker.memory import MemoryPlan, plan_memory, resolve_dtype, step_bytes
 from octavo.worker.pairs import checked_pairs
+from octavo.worker.pending import DevicePending
 from octavo.worker.tables import Index, Tables
 
 logger = get_logger(__name__)
@@ -116,7 +116,7 @@ class CudaRunner:
         """Register logits processors before the plan that starts the row with this generation."""
         self._edits.set_processors(row, generation, processors)
 
-    def submit(self, plan: StepPlan) -> "DevicePending":
+    def submit(self, plan: StepPlan) -> DevicePending:
         """Launch one step. What goes wrong while it computes is raised by the pending's ``result``.
 
         Raises:
@@ -175,7 +175,7 @@ class CudaRunner:
         """What it sampled."""
         return self._rows.result(slot, num)
 
-    def _compute(self, plan: StepPlan, pending: "DevicePending") -> None:
+    def _compute(self, plan: StepPlan, pending: DevicePending) -> None:
         self.tables.check(plan)
         self.steps += 1
         try:
@@ -194,7 +194,7 @@ class CudaRunner:
         self.tables.write(rows[~pending.beam], np.zeros(int((~pending.beam).sum()), np.int32))
         self.tables.advance(plan)
 
-    def _launch(self, plan: StepPlan, pending: "DevicePending") -> None:
+    def _launch(self, plan: StepPlan, pending: DevicePending) -> None:
         num_seqs = len(plan.rows)
         starts = np.zeros(num_seqs + 1, np.int64)
         np.cumsum(plan.counts, out=starts[1:])
@@ -278,7 +278,7 @@ class CudaRunner:
         self._rows.draw(num, self._decoder.logits(hidden, self._logits[:num]))
         self._rows.end(num)
 
-    def _prompts(self, plan: StepPlan, starts: Index, num_tokens: int, pending: "DevicePending") -> None:
+    def _prompts(self, plan: StepPlan, starts: Index, num_tokens: int, pending: DevicePending) -> None:
         pending.prompts = self._sampler.score_prompts(plan, starts, self._hidden[:num_tokens], self._decoder.logits)
 
     def _pass_over(self, plan: StepPlan) -> None:
@@ -288,7 +288,7 @@ class CudaRunner:
         self.tables.write(rows, np.zeros(len(rows), np.int32))
         self.tables.advance(plan)
 
-    def _move(self, plan: StepPlan, pending: "DevicePending") -> None:
+    def _move(self, plan: StepPlan, pending: DevicePending) -> None:
         """Swap out, copy, swap in. Swaps run on the side stream, which waits for this one and is waited for by it."""
         device, host = self.memory.num_blocks, self.memory.num_host_blocks
         if len(plan.swap_out):
@@ -310,7 +310,7 @@ class CudaRunner:
         else:
             ops.swap_blocks(source, target, pairs)
 
-    def _aside(self, pending: "DevicePending", move: Callable[[], None]) -> None:
+    def _aside(self, pending: DevicePending, move: Callable[[], None]) -> None:
         begin, end = self._gpu.event(timing=True), self._gpu.event(timing=True)
         self._side.wait_stream(self._stream)
         with self._gpu.use(self._side):
@@ -345,70 +345,3 @@ class CudaRunner:
             if not np.array_equal(device[row, :held], self.tables.blocks[row, :held]):
                 raise RuntimeError(f"block tables of row {row} differ between host and device.")
         return self.tables.checksum()
-
-
-class DevicePending:
-    """A step that was launched.
-
-    Attributes:
-        slot: its staging, event and results. before: the step launched before it, until that is settled.
-        finish, prompts: what assembles logprobs once the device has computed them. swaps: events around moves of blocks.
-    """
-
-    def __init__(self, runner: CudaRunner, plan: StepPlan, started: float, before: "DevicePending | None") -> None:
-        self._runner, self._plan, self._started = runner, plan, started
-        self.slot = plan.step % SLOTS
-        self.settled = False
-        self.before = None if before is None or before.settled else before
-        self.error: Exception | None = None
-        self.finish: Callable[[Int32], list[RowLogprobs]] | None = None
-        self.prompts: Callable[[], list[RowLogprobs]] | None = None
-        self.swaps: list[tuple[Any, Any]] = []
-        self.checksum = 0
-        self.ended = 0.0
-        self.beam = np.zeros(0, np.bool_)
-        self._rows: Index = np.zeros(0, np.intp)
-        self._places = self._drawn = staging.NONE
-
-    def expect(self, rows: Index, tables: Tables) -> None:
-        """Note where the tokens of the sampling ``rows`` will go in the host's tables."""
-        self._rows, self.beam = rows, tables.beam[rows]
-        self._places = tables.length[rows]
-
-    def done(self) -> bool:
-        """Whether ``result`` would answer at once."""
-        return self.settled or self._runner.done(self.slot)
-
-    def settle(self) -> None:
-        """Wait for the device and put the tokens into the host's tables, where their rows are still the same."""
-        if self.settled:
-            return
-        if self.before is not None:
-            self.before.settle()
-        self._runner.wait(self.slot)
-        self.ended = time.perf_counter()
-        tables, plan = self._runner.tables, self._plan
-        self._drawn = self._runner.tokens(self.slot, len(self._rows))
-        same = (tables.generation[self._rows] == plan.sample_generations[: len(self._rows)]) & ~self.beam
-        tables.tokens[self._rows[same], self._places[same]] = np.maximum(self._drawn[same], 0)
-        self.settled = True
-
-    def result(self) -> StepResult:
-        """Wait for the step; raises what went wrong in it."""
-        before = self.before
-        self.settle()
-        if self.error is not None:
-            raise self.error
-        begun = self._started if before is None else max(self._started, before.ended)
-        self.before = None
-        drawn = self._drawn
-        return StepResult(
-            epoch=self._plan.epoch, step=self._plan.step,
-            tokens=np.where(self.beam, np.int32(-1), drawn) if self.beam.any() else drawn,
-            bad=np.flatnonzero(drawn < 0).astype(np.int32),
-            logprobs=self.finish(drawn) if self.finish is not None else [],
-            prompt_logprobs=self.prompts() if self.prompts is not None else [],
-            seconds=self.ended - begun if self._plan.rows.size else 0.0,
-            swap_seconds=sum(begin.elapsed_time(end) for begin, end in self.swaps) / 1000,
-            checksum=self.checksum,
-        )

@@ -11,10 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from octavo.config import EngineConfig
 from octavo.models.source import ModelSource
 from octavo.plan import GroupInfo, StepPlan, StepResult
-from octavo.worker.cuda_runner import CudaRunner, DevicePending
+from octavo.worker.cuda_runner import CudaRunner
 from octavo.worker.gpu import check_gpu
 from octavo.worker.logit_edits import Processor
 from octavo.worker.memory import resolve_device
+from octavo.worker.pending import DevicePending
 from octavo.worker.runner import ModelRunner, check_cpu
 
 

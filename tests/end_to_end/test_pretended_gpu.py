@@ -183,9 +183,11 @@ def tokens(done: dict[str, RequestOutput]) -> dict[str, list[int]]:
 SMALL: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 24, "disable_log_stats": True}
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-@pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize(("operator", "call"), [("paged_attention", 8), ("sample", 4), ("end_step", 2), ("begin_step", 2)])
+@pytest.mark.parametrize(
+    ("operator", "call", "eager", "ahead"),
+    [("begin_step", 2, False, True), ("begin_step", 2, True, False), ("paged_attention", 8, False, True),
+     ("paged_attention", 8, False, False), ("sample", 4, True, True), ("end_step", 2, False, True)],
+)  # fmt: skip
 def test_a_failed_step_costs_its_own_requests(
     tiny: Path, on_gpu: Any, monkeypatch: pytest.MonkeyPatch, operator: str, call: int, eager: bool, ahead: bool
 ) -> None:

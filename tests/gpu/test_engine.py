@@ -78,9 +78,9 @@ def expected_bytes(llama: Path) -> list[Answer]:
     {"enforce_eager": True, "async_scheduling": False},
     {"max_num_seqs": 5},
     {"block_size": 32, "num_gpu_blocks_override": 300},
-    {"num_gpu_blocks_override": 40, "preemption_mode": "swap"},
-    {"num_gpu_blocks_override": 40, "preemption_mode": "swap", "debug_checksums": True},
-    {"num_gpu_blocks_override": 40, "preemption_mode": "swap", "async_scheduling": False, "enforce_eager": True},
+    {"num_gpu_blocks_override": 24, "preemption_mode": "swap"},
+    {"num_gpu_blocks_override": 24, "preemption_mode": "swap", "debug_checksums": True},
+    {"num_gpu_blocks_override": 24, "preemption_mode": "swap", "async_scheduling": False, "enforce_eager": True},
 ], ids=named)
 def test_same_bytes(llama: Path, expected_bytes: list[Answer], options: dict[str, Any]) -> None:
     """Again, without graphs, without overlap, in other company, in blocks of another size, swapped out and in."""

@@ -56,7 +56,7 @@ def fill(device: str) -> None:
     drain(llm)
     engine.check()
     assert engine.stats.failed_steps == 0 and engine.stats.kv_used == 0
-    assert peak >= 0.97 * info.num_blocks, f"{peak} of {info.num_blocks} blocks were in use"
+    assert peak >= 0.95 * info.num_blocks, f"{peak} of {info.num_blocks} blocks were in use"
     assert largest >= 0.97 * info.max_num_batched_tokens, f"the largest step had {largest} tokens"
     print(f"{peak} of {info.num_blocks} blocks in use, {largest} tokens in a step")
     if gpu:

@@ -32,7 +32,7 @@ class Driver:
 
     def __init__(self):
         self.pieces, self.pages, self.seen, self.accepts = {}, set(), [], math.inf
-        self.gate = threading.Event()
+        self.gate, self.began = threading.Event(), threading.Event()
         self.gate.set()
 
     def cudaHostRegister(self, start, size, flags):
@@ -44,6 +44,7 @@ class Driver:
         self.pieces[start] = size
         self.pages |= pages
         self.seen.append((start, start + size))
+        self.began.set()
         return Refusal(0)
 
     def cudaHostUnregister(self, start):
@@ -113,8 +114,7 @@ def test_there_are_no_pauses_for_somebody_who_waits(driver, monkeypatch):
 def test_close_ends_the_pinning_and_gives_back_what_was_pinned(driver, monkeypatch):
     monkeypatch.setattr(host_pool, "PAUSE", 60.0)
     pool = HostPool((40 * PAGE,), torch.uint8)
-    while not driver.seen:
-        pass
+    assert driver.began.wait(10)
     pool.close()
     assert not driver.pieces and len(driver.seen) == 1
     pool.close()

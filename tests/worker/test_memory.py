@@ -2,6 +2,7 @@
 
 import gc
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,20 @@ class PlainGpu:
 
     def pinned(self, shape, dtype):
         return torch.zeros(shape, dtype=dtype)
+
+
+@contextmanager
+def new_tensors():
+    """Bytes of the tensors that are made inside and still there at its end, by the address of their storage."""
+    held = {}
+    gc.freeze()  # what is older is not listed, and not looked at either
+    try:
+        yield held
+        gc.collect()
+        own = [t.untyped_storage() for t in gc.get_objects() if type(t) is torch.Tensor]
+        held.update((storage.data_ptr(), storage.nbytes()) for storage in own)
+    finally:
+        gc.unfreeze()
 
 
 def llama(**sizes):
@@ -116,13 +131,8 @@ def test_llama_8b_on_a_gpu_of_80_gib():
 def test_weights_are_what_a_decoder_holds(tiny, changes, dtype, device):
     spec = tiny.spec(**changes)
     DenseWeight(1, 8, dtype, PRETENDED)  # the room for partial sums that all matrices of a GPU share is there from now on
-    gc.collect()
-    before = [t for t in gc.get_objects() if type(t) is torch.Tensor]  # kept alive: ids of the dead come again
-    known = {id(t) for t in before}
-    decoder = tiny.decoder(spec, dtype, device=device)
-    gc.collect()
-    own = [t for t in gc.get_objects() if type(t) is torch.Tensor and id(t) not in known]
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own}
+    with new_tensors() as held:
+        decoder = tiny.decoder(spec, dtype, device=device)
     assert sum(held.values()) == weight_bytes(spec, dtype, 64, PANEL if device == "cpu" else 1)
     assert decoder.spec is spec
 
@@ -176,17 +186,14 @@ def test_the_tables_of_a_gpu_are_what_its_rows_hold(tiny, dtype):
     found = plan(spec, GPU, dtype, max_num_seqs=50, max_num_batched_tokens=700, swap_space=0)
     num, budget = found.max_num_seqs, found.max_num_batched_tokens
     sizes = attention_sizes(spec, dtype, num, budget, found.max_model_len)
-    gc.collect()
-    before = {t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) is torch.Tensor}
-    device = DeviceRows(num, budget, math.ceil(found.max_model_len / 16), 16, sizes, spec.vocab_size, PlainGpu())
-    penalties = PenaltyPool(num, spec.vocab_size, PRETENDED)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor}
-    held = sum(size for pointer, size in storages.items() if pointer not in before)
+    with new_tensors() as held:
+        device = DeviceRows(num, budget, math.ceil(found.max_model_len / 16), 16, sizes, spec.vocab_size, PlainGpu())
+        penalties = PenaltyPool(num, spec.vocab_size, PRETENDED)
     pinned = device._host.nbytes + device.results.nbytes
     table = rows(found)
     assert penalties.counts.nbytes + penalties.prompt_mask.nbytes == table["penalties"]
     assert sizes.bytes == table["attention"]
-    mine = held - pinned - table["penalties"] - table["attention"]
+    mine = sum(held.values()) - pinned - table["penalties"] - table["attention"]
     assert 0.8 * table["row tables"] < mine <= table["row tables"]
 
 
