@@ -27,13 +27,14 @@ from octavo.ops.fused import (
 )
 from octavo.ops.gemm import embedding, linear, pack_linear
 from octavo.ops.kv import copy_blocks, gather_kv, swap_blocks, write_kv
-from octavo.ops.library import REBUILD, built, cuda_built, isa, load_cuda
+from octavo.ops.library import REBUILD, REBUILD_CUDA, built, cuda_built, isa, load_cuda
 from octavo.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from octavo.ops.rope import rope
 from octavo.ops.sampling import penalties, sample, token_logprobs
 
 __all__ = [
     "REBUILD",
+    "REBUILD_CUDA",
     "AttentionMeta",
     "activation",
     "activation_fp8",

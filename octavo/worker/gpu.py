@@ -7,6 +7,7 @@ can put a pretended device in its place. Invariant: a ``Gpu`` that exists can be
 import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import psutil
@@ -16,16 +17,24 @@ from torch import Tensor
 from octavo import ops
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
+from octavo.log import get_logger
 from octavo.worker.graphs import GraphPool
 from octavo.worker.host_pool import HostPool
 from octavo.worker.machine import Machine
 
+logger = get_logger(__name__)
 OLDEST = 7.0  # compute capability
 
 
+@cache
 def usable() -> bool:
-    """Whether "auto" may choose the GPU: torch sees one, and our kernels are built."""
-    return torch.cuda.is_available() and ops.cuda_built()
+    """Whether "auto" may choose the GPU: torch sees one, and our kernels are built (said once where they are not)."""
+    if not torch.cuda.is_available():
+        return False
+    if not ops.cuda_built():
+        logger.warning("There is a GPU, but the CUDA kernels are not built, so the CPU is used. %s", ops.REBUILD_CUDA)
+        return False
+    return True
 
 
 def check_gpu(config: EngineConfig) -> None:

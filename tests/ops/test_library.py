@@ -83,7 +83,7 @@ def test_every_operator_is_exported_and_unwrapped():
             assert isinstance(chosen, torch._ops.OpOverload)
         else:
             assert chosen is plain(name)
-    others = {"AttentionMeta", "REBUILD", "built", "cuda_built", "isa", "load_cuda"}
+    others = {"AttentionMeta", "REBUILD", "REBUILD_CUDA", "built", "cuda_built", "isa", "load_cuda"}
     assert {*library.NAMES, *library.GPU_NAMES} == set(ops.__all__) - others
     with pytest.raises(AttributeError, match="no_such"):
         library.choose("no_such")

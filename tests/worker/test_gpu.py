@@ -88,8 +88,16 @@ def test_an_option_that_a_gpu_does_not_know_is_refused_before_anything_else(gpu)
     assert caught.value.param == "batch_invariant"
 
 
-@pytest.mark.parametrize(("available", "built"), [(True, True), (True, False), (False, True), (False, False)])
-def test_auto_needs_a_gpu_and_its_kernels(gpu, monkeypatch, available, built):
-    gpu(available=available)
+
+@pytest.mark.parametrize(
+    ("there", "built", "wanted", "lines"),
+    [(False, False, False, 0), (False, True, False, 0), (True, True, True, 0), (True, False, False, 1)],
+)
+def test_auto_takes_a_gpu_that_can_be_used_and_says_once_why_not(monkeypatch, caplog, there, built, wanted, lines):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(ops, "cuda_built", lambda: built)
-    assert usable() == (available and built)
+    usable.cache_clear()
+    with caplog.at_level("WARNING"):
+        assert [usable(), usable()] == [wanted, wanted]
+    assert len([r for r in caplog.records if "CUDA kernels are not built" in r.message]) == lines
+    usable.cache_clear()
