@@ -189,6 +189,7 @@ class Traffic:
         values: dict[str, Any] = {"max_tokens": output, "ignore_eos": rng.random() < 0.5, "detokenize": False}
         if rng.random() < 0.1 and self._max_n > 1:
             width = rng.randint(2, self._max_n)
+            values["max_tokens"] = min(output, 64)  # beams grow side by side: the pool must hold all of them
             return prompt, SamplingParams(use_beam_search=True, best_of=width, temperature=0.0, **values)
         values["temperature"] = rng.choice([0.0, 0.0, 0.6, 1.0, 1.4])
         values["n"] = rng.choice([1, 1, 1, 1, rng.randint(1, self._max_n)])
