@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
+from timing import seconds
 
 from octavo import ops
 from octavo.ops.attention import partial_floats, work_ints
@@ -33,27 +34,6 @@ ROTATED = 160 << 20  # bytes of keys and values that a graph walks over, three t
 BLOCK = 16
 COPY = 3.0e12  # bytes per second, read and written, of a device copy on an H100
 ROOM = 8192
-
-
-def seconds(calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
-    """Median time of one call, all of them captured in one graph."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = list[float]()
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return sorted(times)[len(times) // 2] / len(calls)
 
 
 def ints(values: list[int]) -> torch.Tensor:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timing import seconds
 from torch import Tensor
 
 from octavo import ops
@@ -28,27 +28,6 @@ MODELS = {
 }
 ROTATED = 400 << 20  # bytes of weights that a graph walks over, several times the L2 cache
 DTYPE = torch.bfloat16
-
-
-def seconds(calls: Sequence[Callable[[], object]], repeats: int = 7) -> float:
-    """Median time of one call, all of them captured in one graph."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times: list[float] = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return sorted(times)[len(times) // 2] / len(calls)
 
 
 def copy_bandwidth() -> float:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+from timing import seconds
 from torch import Tensor
 
 from octavo import ops
@@ -34,24 +35,8 @@ def new(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def graph_time(calls: list[Callable[[], None]]) -> float:
-    """Seconds of one call: a graph of all of them, twice over when they are few, median of several replays."""
-    calls = calls * max(1, 64 // len(calls))
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(REPLAYS + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return sorted(times[2:])[REPLAYS // 2] / len(calls)
+    """Seconds of one call; few calls are repeated, so that the graph takes long enough for a stable reading."""
+    return seconds(calls * max(1, 64 // len(calls)), REPLAYS)
 
 
 def copy_bandwidth() -> float:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timing import seconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,27 +36,6 @@ CEILING = 650  # TFLOP/s of large bfloat16 products on an H100
 DTYPE = torch.bfloat16
 BLOCK_SIZE = 16
 PARTIALS = 1024
-
-
-def seconds(calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
-    """Median time of one call, all of them captured in one graph."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times: list[float] = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return sorted(times)[len(times) // 2] / len(calls)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Sampling kernels: time of greedy, temperature, cut rows and log-probabilities against reading the logits once.
 
-    python -m benchmarks.kernels_sampling [--rows 1 8 32 256 1024] [--vocab 128256 151936] [--quick]
+    python benchmarks/kernels_sampling.py [--rows 1 8 32 256 1024] [--vocab 128256 151936] [--quick]
 
 A figure is the median of graph replays, each over buffers that together exceed the L2 cache. The floor of every case is one
 read of the logits at COPY_BANDWIDTH. "wide" logits are normal with deviation 3, so that top_p 0.9 keeps thousands of tokens;
@@ -9,11 +9,11 @@ the others have eight peaks in each row as well, as a language model's have.
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from timing import seconds
 
 import octavo.ops as ops
 
@@ -32,26 +32,8 @@ CASES: dict[str, tuple[float, int, float, float]] = {
 
 
 def microseconds(calls: list[Callable[[], None]]) -> float:
-    """Time of one call: a graph of all calls, enough of them for a stable reading, replayed."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    repeats = max(1, 40 // len(calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            for call in calls:
-                call()
-    graph.replay()
-    times: list[float] = []
-    for _ in range(7):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / (repeats * len(calls)))
-    return statistics.median(times)
+    """Of one call; few calls are repeated, so that the graph takes long enough for a stable reading."""
+    return 1e6 * seconds(calls * max(1, 40 // len(calls)))
 
 
 def make_logits(rows: int, vocab: int, peaks: int) -> torch.Tensor:

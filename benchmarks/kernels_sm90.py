@@ -8,9 +8,10 @@ vLLM 0.26 ships it, paged with pages of 16 tokens, bf16, on an H100 SXM.
 import argparse
 import json
 import math
-import statistics
+from functools import partial
 
 import torch
+from timing import seconds
 
 import octavo.ops as ops
 from octavo.ops.attention import work_ints
@@ -25,27 +26,6 @@ CASES_64 = {
     "16x128": (16, 128, 0, 14.0), "16x512": (16, 512, 0, 108.0), "8x1k": (8, 1024, 0, 174.0), "4x2k": (4, 2048, 0, 255.0),
     "2x8k": (2, 8192, 0, 442.0), "1x32k": (1, 32768, 0, 484.0), "4x512+8k": (4, 512, 8192, None),
 }
-
-
-def milliseconds(call, repeats: int) -> float:
-    """Median time of one call inside a graph of several."""
-    for _ in range(2):
-        call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(repeats):
-            call(i)
-    graph.replay()
-    times = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / repeats)
-    return statistics.median(times)
 
 
 def measure(
@@ -74,7 +54,8 @@ def measure(
                             head_dim**-0.5, window, 0.0, None, 1.0, 1.0, work, partials, tokens)
 
     flops = 2.0 * prompts * tokens * (tokens + 2 * cached) * head_dim * heads
-    return milliseconds(call, max(2, min(40, int(20e-3 / (flops / 400e12 + 10e-6)))))
+    repeats = max(2, min(40, int(20e-3 / (flops / 400e12 + 10e-6))))
+    return 1e3 * seconds([partial(call, i) for i in range(repeats)])
 
 
 def main() -> None:

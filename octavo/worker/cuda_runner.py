@@ -52,7 +52,7 @@ class CudaRunner:
         config: options. source: the model. decoder, gpu: used instead of making them (tests).
 
     Attributes:
-        info: what the engine has to know. memory: the table behind it. kv, host_kv: as in ModelRunner.
+        info: what the engine has to know. memory: the table behind it. kv: as in ModelRunner.
         steps, graph_steps: steps that computed something, and those of them whose forward pass was a replayed graph.
 
     Raises:
@@ -106,11 +106,6 @@ class CudaRunner:
             max_model_len=m.max_model_len, max_num_seqs=m.max_num_seqs, max_num_batched_tokens=m.max_num_batched_tokens,
             vocab_size=spec.vocab_size, device="cuda",
         )
-
-    @property
-    def host_kv(self) -> Tensor:
-        """The host pool, pinned."""
-        return self._host.wait()
 
     def set_processors(self, row: int, generation: int, processors: Sequence[Processor]) -> None:
         """Register logits processors before the plan that starts the row with this generation."""
@@ -178,23 +173,22 @@ class CudaRunner:
     def _compute(self, plan: StepPlan, pending: DevicePending) -> None:
         self.tables.check(plan)
         self.steps += 1
+        rows = plan.sample_rows.astype(np.intp)
         try:
-            self._launch(plan, pending)
+            self._launch(plan, rows, pending)
         except torch.AcceleratorError as error:
             raise EngineDead(f"the GPU's context is lost: {error}") from error
         except Exception as error:
             pending.error = error
-            self._pass_over(plan)
+            self._pass_over(plan, rows)
             # The step that was planned meanwhile counts on this one's changes, which may not have reached the device: once more.
             self._stream.synchronize()
             self._send(plan, pending.slot, staging.NONE, staging.NONE, staging.NONE)
             return
-        rows = plan.sample_rows.astype(np.intp)
         pending.expect(rows, self.tables)
-        self.tables.write(rows[~pending.beam], np.zeros(int((~pending.beam).sum()), np.int32))
-        self.tables.advance(plan)
+        self._pass_over(plan, rows)  # what the tokens are is known later
 
-    def _launch(self, plan: StepPlan, pending: DevicePending) -> None:
+    def _launch(self, plan: StepPlan, sampling: Index, pending: DevicePending) -> None:
         num_seqs = len(plan.rows)
         starts = np.zeros(num_seqs + 1, np.int64)
         np.cumsum(plan.counts, out=starts[1:])
@@ -202,14 +196,13 @@ class CudaRunner:
         self._send(plan, pending.slot, plan.rows, staging.token_ids(plan, self.tables, starts), starts)
         self._run_forward(num_tokens, num_seqs, int(plan.counts.max()))
         self._prompts(plan, starts, num_tokens, pending)
-        num = len(plan.sample_rows)
+        num = len(sampling)
         if not num:
             return
-        if self._sampler.asks(plan.sample_rows.astype(np.intp)):
-            if pending.before is not None and self._edits.needs_output(plan.sample_rows.astype(np.intp)):
+        if self._sampler.asks(sampling):
+            if pending.before is not None and self._edits.needs_output(sampling):
                 pending.before.settle()
-            hidden = torch.index_select(self._hidden, 0, self._rows.sources(num), out=self._gathered[:num])
-            pending.finish = self._sampler.sample(plan, self._decoder.logits(hidden, self._logits[:num]))
+            pending.finish = self._sampler.sample(plan, self._some_logits(num))
             return
         in_order = num == num_tokens and bool((plan.sample_from == np.arange(num)).all())
         if in_order:
@@ -274,16 +267,18 @@ class CudaRunner:
 
     def _sample_some(self, num: int) -> None:
         """Sample from the hidden states that staging names."""
-        hidden = torch.index_select(self._hidden, 0, self._rows.sources(num), out=self._gathered[:num])
-        self._rows.draw(num, self._decoder.logits(hidden, self._logits[:num]))
+        self._rows.draw(num, self._some_logits(num))
         self._rows.end(num)
+
+    def _some_logits(self, num: int) -> Tensor:
+        hidden = torch.index_select(self._hidden, 0, self._rows.sources(num), out=self._gathered[:num])
+        return self._decoder.logits(hidden, self._logits[:num])
 
     def _prompts(self, plan: StepPlan, starts: Index, num_tokens: int, pending: DevicePending) -> None:
         pending.prompts = self._sampler.score_prompts(plan, starts, self._hidden[:num_tokens], self._decoder.logits)
 
-    def _pass_over(self, plan: StepPlan) -> None:
-        """See ModelRunner: a step that was planned meanwhile still fits."""
-        rows = plan.sample_rows.astype(np.intp)
+    def _pass_over(self, plan: StepPlan, rows: Index) -> None:
+        """Count the step as computed, with token 0 for each of the sampling ``rows``: one that is planned meanwhile fits."""
         rows = rows[~self.tables.beam[rows]]
         self.tables.write(rows, np.zeros(len(rows), np.int32))
         self.tables.advance(plan)
@@ -305,8 +300,8 @@ class CudaRunner:
             self._host.wait()
         except ConfigError:  # memory that could not be pinned (said in the log): torch's own copies, slow and correct
             reads, writes = pairs.long().unbind(1)
-            part = source[:, :, reads.to(source.device)]
-            target[:, :, writes.to(target.device)] = part.to(target.device)
+            part = source.view(torch.uint8)[:, :, reads.to(source.device)]  # bytes: an 8-bit float cannot be indexed everywhere
+            target.view(torch.uint8)[:, :, writes.to(target.device)] = part.to(target.device)
         else:
             ops.swap_blocks(source, target, pairs)
 

@@ -347,3 +347,20 @@ def test_host_memory_that_could_not_be_pinned_is_slow_and_not_wrong(
     assert answers(llm, asked) == expected
     assert llm.llm_engine.engine.stats.preempted_swap > 0 and llm.llm_engine.engine.stats.failed_steps == 0
     llm.close()
+
+
+def test_an_fp8_cache_gives_the_same_answer_with_and_without_graphs_and_near_the_plain_one(tiny: Path, on_gpu: Any) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=0)
+    asked = [([3 + (7 * i + j) % 200 for j in range(5 + 9 * i)], params) for i in range(6)]
+
+    def first_logprobs(**options: Any) -> list[float]:
+        llm = on_gpu(tiny, **options)
+        assert llm.llm_engine.group.runner.kv.dtype == (torch.float8_e4m3fn if "kv_cache_dtype" in options else torch.float32)
+        found = answers(llm, asked)
+        llm.close()
+        return [next(iter(steps[0].values()))[0] for _, _, _, steps, _ in found]
+
+    narrow, eager = first_logprobs(kv_cache_dtype="fp8"), first_logprobs(kv_cache_dtype="fp8", enforce_eager=True)
+    plain = first_logprobs()
+    assert narrow == eager != plain  # three bits of fraction are felt
+    assert max(abs(a - b) for a, b in zip(narrow, plain, strict=True)) < 1.0

@@ -95,6 +95,12 @@ def test_alone_is_the_same_bytes_as_in_company(llama: Path, expected_bytes: list
     assert_same(run(llama, short_requests(), alone=True, **FEW), expected_bytes)
 
 
+def test_an_fp8_cache_gives_the_same_bytes_with_and_without_graphs(llama: Path, expected_bytes: list[Answer]) -> None:
+    narrow = run(llama, short_requests(), kv_cache_dtype="fp8", **FEW)
+    assert_same(run(llama, short_requests(), kv_cache_dtype="fp8", enforce_eager=True, **FEW), narrow)
+    assert [answer.logprobs for answer in narrow] != [answer.logprobs for answer in expected_bytes]
+
+
 # Up to near ties
 
 
