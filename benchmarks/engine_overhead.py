@@ -52,7 +52,7 @@ class InstantGroup:
         at = plan.step % 4096
         return Instant(StepResult(epoch=plan.epoch, step=plan.step, tokens=self._tokens[at : at + len(plan.sample_rows)]))
 
-    def set_processors(self, row: int, generation: int, processors: object) -> None:
+    def set_processors(self, row: int, generation: int, processors: object, constraint: object = None) -> None:
         raise AssertionError("no request here has processors")
 
     def close(self) -> None:

@@ -10,29 +10,36 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from octavo.async_llm import AsyncEngineArgs, AsyncLLMEngine
     from octavo.config import EngineArgs, EngineConfig
     from octavo.llm import LLM, LLMEngine
     from octavo.outputs import CompletionOutput, RequestOutput
-    from octavo.params import SamplingParams
+    from octavo.params import SamplingParams, StructuredOutputsParams
 
 _HOME = {
     "LLM": "octavo.llm",
     "LLMEngine": "octavo.llm",
     "SamplingParams": "octavo.params",
+    "StructuredOutputsParams": "octavo.params",
     "RequestOutput": "octavo.outputs",
     "CompletionOutput": "octavo.outputs",
     "EngineArgs": "octavo.config",
     "EngineConfig": "octavo.config",
+    "AsyncLLMEngine": "octavo.async_llm",
+    "AsyncEngineArgs": "octavo.async_llm",
 }
 
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLMEngine",
     "CompletionOutput",
     "EngineArgs",
     "EngineConfig",
     "LLMEngine",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 

@@ -19,11 +19,11 @@ KV_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 POLICIES = ("fcfs", "priority", "sjf")
-ENVIRONMENT = ("OCTAVO_CACHE", "OCTAVO_CUDA_ARCHS", "OCTAVO_LOGGING_LEVEL")
+ENVIRONMENT = ("OCTAVO_API_KEY", "OCTAVO_CACHE", "OCTAVO_CUDA_ARCHS", "OCTAVO_LOGGING_LEVEL")
 
 
-def _option(default: Any, help: str, *, choices: tuple[Any, ...] = (), flag: str = "", kind: Any = None) -> Any:
-    """A config field with what its CLI flag needs: help, choices, short flag, parser of the value."""
+def option(default: Any, help: str, *, choices: tuple[Any, ...] = (), flag: str = "", kind: Any = None) -> Any:
+    """A config field with what its CLI flag needs: help, choices, short flag, kind of the value ("int", "json", "list")."""
     metadata = {"help": help, "choices": choices, "flag": flag, "kind": kind}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -50,58 +50,54 @@ class EngineConfig:
     """
 
     model: str = field(metadata={"help": "local folder, GGUF file, hub id, or smollm2", "choices": (), "flag": "", "kind": None})
-    tokenizer: str | None = _option(None, "folder or hub id of the tokenizer; default: the model's")
-    skip_tokenizer_init: bool = _option(False, "token ids in and out, no tokenizer is loaded")
-    revision: str | None = _option(None, "branch, tag or commit of the hub repository")
-    download_dir: str | None = _option(None, "folder for hub downloads; default: the hub's own cache")
-    trust_remote_code: bool = _option(False, "refused: Octavo never runs code from a checkpoint")
-    hf_overrides: Mapping[str, Any] = _option({}, "values that replace entries of config.json", kind="json")
-    load_format: str = _option("auto", "where weights come from", choices=LOAD_FORMATS)
-    dtype: str = _option("auto", "type of weights and KV cache", choices=DTYPES)
-    kv_cache_dtype: str = _option(
+    tokenizer: str | None = option(None, "folder or hub id of the tokenizer; default: the model's")
+    skip_tokenizer_init: bool = option(False, "token ids in and out, no tokenizer is loaded")
+    revision: str | None = option(None, "branch, tag or commit of the hub repository")
+    download_dir: str | None = option(None, "folder for hub downloads; default: the hub's own cache")
+    trust_remote_code: bool = option(False, "refused: Octavo never runs code from a checkpoint")
+    hf_overrides: Mapping[str, Any] = option({}, "values that replace entries of config.json", kind="json")
+    load_format: str = option("auto", "where weights come from", choices=LOAD_FORMATS)
+    dtype: str = option("auto", "type of weights and KV cache", choices=DTYPES)
+    kv_cache_dtype: str = option(
         "auto", "type of the KV cache; auto: as the weights; fp8 (e4m3) on a GPU only", choices=KV_DTYPES)
-    quantization: str | None = _option(None, "refused until quantised kernels exist")
-    device: str = _option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
-    seed: int = _option(0, "root of the seeds of requests that bring none")
-    max_model_len: int | None = _option(
+    quantization: str | None = option(None, "refused until quantised kernels exist")
+    device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
+    seed: int = option(0, "root of the seeds of requests that bring none")
+    max_model_len: int | None = option(
         None, "longest prompt + output in tokens; default: the model's, fitted to the KV pool", kind="int")
-    block_size: int = _option(16, "tokens of a KV block", choices=BLOCK_SIZES)
-    gpu_memory_utilization: float = _option(0.9, "share of the device's memory that weights, KV cache and workspace may take")
-    kv_cache_memory_bytes: int | None = _option(None, "size of the KV pool; overrides gpu_memory_utilization", kind="int")
-    num_gpu_blocks_override: int | None = _option(None, "number of KV blocks; overrides everything else", kind="int")
-    swap_space: float = _option(4.0, "GiB of host memory for swapped requests and evicted prefixes")
-    enable_prefix_caching: bool = _option(True, "reuse the KV of prompts that begin alike")
-    max_num_seqs: int | None = _option(None, "sequences that run at once; default 64 on a CPU, 1024 offline on a GPU", kind="int")
-    max_num_batched_tokens: int | None = _option(
+    block_size: int = option(16, "tokens of a KV block", choices=BLOCK_SIZES)
+    gpu_memory_utilization: float = option(0.9, "share of the device's memory that weights, KV cache and workspace may take")
+    kv_cache_memory_bytes: int | None = option(None, "size of the KV pool; overrides gpu_memory_utilization", kind="int")
+    num_gpu_blocks_override: int | None = option(None, "number of KV blocks; overrides everything else", kind="int")
+    swap_space: float = option(4.0, "GiB of host memory for swapped requests and evicted prefixes")
+    enable_prefix_caching: bool = option(True, "reuse the KV of prompts that begin alike")
+    max_num_seqs: int | None = option(None, "sequences that run at once; default 64 on a CPU, 1024 offline on a GPU", kind="int")
+    max_num_batched_tokens: int | None = option(
         None, "tokens of one step; default 2048 on a CPU, 16384 offline on a GPU", kind="int")
-    enable_chunked_prefill: bool = _option(True, "compute long prompts in pieces between decodes")
-    long_prefill_token_threshold: int = _option(
+    enable_chunked_prefill: bool = option(True, "compute long prompts in pieces between decodes")
+    long_prefill_token_threshold: int = option(
         0, "most prompt tokens of one request in one step; 0: the step's budget", kind="int")
-    scheduling_policy: str = _option("fcfs", "order of the waiting queue", choices=POLICIES)
-    preemption_mode: str = _option(
+    scheduling_policy: str = option("fcfs", "order of the waiting queue", choices=POLICIES)
+    preemption_mode: str = option(
         "auto", "what happens to a request that must give up its blocks", choices=("auto", "recompute", "swap"))
-    async_scheduling: bool | None = _option(None, "plan a step before the last one's tokens are known; default: on a GPU")
-    enforce_eager: bool = _option(False, "no CUDA graphs: launch every kernel by itself (nothing to switch off on a CPU)")
-    batch_invariant: bool = _option(False, "bit-identical answers whatever else runs; on a CPU only so far")
-    tensor_parallel_size: int = _option(1, "GPUs that share each layer; more than 1 is refused until it exists", flag="-tp")
-    pipeline_parallel_size: int = _option(1, "groups of layers; more than 1 is refused until it exists", flag="-pp")
-    generation_config: str = _option(
+    async_scheduling: bool | None = option(None, "plan a step before the last one's tokens are known; default: on a GPU")
+    enforce_eager: bool = option(False, "no CUDA graphs: launch every kernel by itself (nothing to switch off on a CPU)")
+    batch_invariant: bool = option(False, "bit-identical answers whatever else runs; on a CPU only so far")
+    tensor_parallel_size: int = option(1, "GPUs that share each layer; more than 1 is refused until it exists", flag="-tp")
+    pipeline_parallel_size: int = option(1, "groups of layers; more than 1 is refused until it exists", flag="-pp")
+    generation_config: str = option(
         "auto", "auto: sampling defaults from the model; octavo: none of them", choices=("auto", "octavo"))
-    override_generation_config: Mapping[str, Any] = _option({}, "sampling defaults that win over the model's", kind="json")
-    chat_template: str | None = _option(None, "file or text of a chat template that replaces the model's")
-    max_logprobs: int = _option(20, "most top alternatives that a request may ask for")
-    logprobs_mode: str = _option(
+    override_generation_config: Mapping[str, Any] = option({}, "sampling defaults that win over the model's", kind="json")
+    chat_template: str | None = option(None, "file or text of a chat template that replaces the model's")
+    max_logprobs: int = option(20, "most top alternatives that a request may ask for")
+    logprobs_mode: str = option(
         "raw_logprobs", "distribution that logprobs describe", choices=("raw_logprobs", "processed_logprobs"))
-    disable_log_stats: bool = _option(False, "no line of statistics every 10 s")
-    debug_checksums: bool = _option(False, "compare checksums of host and device rows in every step")
+    disable_log_stats: bool = option(False, "no line of statistics every 10 s")
+    debug_checksums: bool = option(False, "compare checksums of host and device rows in every step")
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            _check_type(f, getattr(self, f.name))
-            choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                listed = ", ".join(map(str, choices))
-                raise ConfigError(f"{f.name} must be one of {listed}, got {getattr(self, f.name)!r}.", f.name)
+            check_field(f, getattr(self, f.name))
         _check_ranges(self)
         _check_refused(self)
 
@@ -122,7 +118,7 @@ class EngineConfig:
     def add_cli_args(cls, parser: argparse.ArgumentParser, *, model: str = "option") -> argparse.ArgumentParser:
         """Add a flag per field. ``model``: "option" for ``--model``, "positional" for a positional argument."""
         for f in fields(cls):
-            _add_flag(parser, f, model)
+            add_flag(parser, f, model)
         return parser
 
     @classmethod
@@ -145,16 +141,22 @@ def unknown_environment(environ: Mapping[str, str] = os.environ) -> list[str]:
     return sorted(name for name in environ if name.startswith("OCTAVO_") and name not in ENVIRONMENT)
 
 
-def _check_type(f: "Field[Any]", value: Any) -> None:
+def check_field(f: "Field[Any]", value: Any) -> None:
+    """ConfigError unless a value has the declared type of its field and is among the choices."""
     declared = str(f.type)
     if value is None and "None" in declared:
         return
     expected: dict[str, tuple[type, ...]] = {
-        "Mapping": (Mapping,), "bool": (bool,), "int": (int,), "float": (int, float), "str": (str, os.PathLike)}
+        "tuple": (tuple,), "Mapping": (Mapping,), "bool": (bool,), "int": (int,), "float": (int, float),
+        "str": (str, os.PathLike)}
     kinds = next(kinds for key, kinds in expected.items() if key in declared.replace("<class '", ""))
     wrong_bool = isinstance(value, bool) and bool not in kinds
     if not isinstance(value, kinds) or wrong_bool or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(f"{f.name} must be of type {getattr(f.type, '__name__', declared)}, got {value!r}.", f.name)
+    choices = f.metadata["choices"]
+    if choices and value not in choices:
+        listed = ", ".join(map(str, choices))
+        raise ConfigError(f"{f.name} must be one of {listed}, got {value!r}.", f.name)
 
 
 def _check_ranges(c: EngineConfig) -> None:
@@ -193,7 +195,8 @@ def _check_refused(c: EngineConfig) -> None:
             raise ConfigError(f"{name} greater than 1 is not supported yet, got {getattr(c, name)}.", name)
 
 
-def _add_flag(parser: argparse.ArgumentParser, f: "Field[Any]", model: str) -> None:
+def add_flag(parser: argparse.ArgumentParser, f: "Field[Any]", model: str = "") -> None:
+    """Add the flag of a field to a parser; ``model``: see ``EngineConfig.add_cli_args``."""
     import json
 
     meta, flag = f.metadata, "--" + f.name.replace("_", "-")
@@ -204,6 +207,8 @@ def _add_flag(parser: argparse.ArgumentParser, f: "Field[Any]", model: str) -> N
         parser.add_argument(flag, required=True, help=meta["help"])
     elif "bool" in str(f.type):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=meta["help"])
+    elif meta["kind"] == "list":
+        parser.add_argument(flag, nargs="+", action="extend", default=None, help=meta["help"])
     elif meta["kind"] == "json":
         parser.add_argument(flag, type=json.loads, default={}, metavar="JSON", help=meta["help"])
     else:

@@ -54,5 +54,13 @@ class CapacityError(OctavoError):
         self.retry_after = retry_after
 
 
+class EngineDown(CapacityError):
+    """There is no engine that could take a request: it starts, or starts again (HTTP 503 with ``Retry-After``)."""
+
+
 class EngineDead(OctavoError):
     """The engine has ended (a lost device context, or three failed steps in a row) and answers nothing any more."""
+
+
+class DeviceLost(EngineDead):
+    """The device's context is lost: nothing but a new process can use the device again."""

@@ -15,6 +15,7 @@ from typing import Any
 from octavo import log
 from octavo.config import EngineArgs, EngineConfig
 from octavo.engine.engine import Engine
+from octavo.engine.grammars import Grammars
 from octavo.errors import ConfigError, RequestError
 from octavo.models.hub import resolve
 from octavo.outputs import RequestOutput
@@ -49,7 +50,9 @@ class LLMEngine:
         self.intake = Intake(self.source, config, self.tokenizer)
         self.group = make_group(config, self.source)
         try:
-            self.engine = Engine(config, self.group, seed=config.seed, patient=patient and self.group.info.device == "cuda")
+            patient = patient and self.group.info.device == "cuda"
+            grammars = Grammars(None if self.tokenizer is None else self.get_tokenizer)
+            self.engine = Engine(config, self.group, seed=config.seed, patient=patient, grammars=grammars)
         except BaseException:
             self.group.close()
             raise
@@ -115,7 +118,8 @@ class LLMEngine:
             fits = self._longest - len(ready.request.prompt_token_ids)
             params = ready.request.params = params.clone(max_tokens=max(1, min(params.max_tokens, fits)))
         self.engine.add(ready.request)
-        self.collector.add(request_id, ready.prompt, ready.request.prompt_token_ids, params, self.tokenizer, snapshots=stream)
+        self.collector.add(request_id, ready.prompt, ready.request.prompt_token_ids, params, self.tokenizer,
+                           "snapshots" if stream else "final")
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; the requests that changed, as snapshots, or finished for good.

@@ -1,6 +1,6 @@
 """What travels between a front (LLM, the server) and the engine: EngineRequest down, StepOutput up.
 
-Owns two plain structs, encodable by msgspec; it does not know text (prompts are ids, stop strings live in the front) or
+Owns plain structs, encodable by msgspec; it does not know text (prompts are ids, stop strings live in the front) or
 tensors. Invariant: one StepOutput per step, whatever the number of requests; per-request Python objects appear in it
 only for requests that stream or end.
 """
@@ -15,6 +15,18 @@ from octavo.outputs import FinishReason
 from octavo.params import SamplingParams
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What an output has to look like, checked by the front.
+
+    Attributes:
+        kind: of the constraint that the caller gave, for messages: json, json_object, regex, choice or grammar.
+        text: in Lark's notation, whatever the kind.
+    """
+
+    kind: str
+    text: str
+
+
 class EngineRequest(msgspec.Struct, kw_only=True):
     """One request as the engine sees it.
 
@@ -27,6 +39,7 @@ class EngineRequest(msgspec.Struct, kw_only=True):
         stream: True sends tokens with every step (stop strings, streaming clients); False sends them once, at the end.
         priority: lower is sooner under the priority policy, must be 0 under others.
         arrival: monotonic seconds. cache_salt: keeps the prefix cache of tenants apart.
+        grammar: what structured_outputs asks for; the engine reads this and not the parameters.
     """
 
     request_id: str
@@ -38,6 +51,7 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     priority: int = 0
     arrival: float = 0.0
     cache_salt: str = ""
+    grammar: Grammar | None = None
 
 
 class TokenLogprobs(msgspec.Struct):
@@ -79,6 +93,7 @@ class StepOutput(msgspec.Struct):
         started: (request_id, number of prompt tokens found in the prefix cache), once per request.
         prompt_logprobs: (request_id, entries) for prompt positions computed in this step, in order; position 0 has none.
         ended: sequences that ended. finished: request ids whose last sequence ended.
+        planned: monotonic seconds at which those in ``started`` were given their rows.
         num_prompt_tokens, num_generated_tokens: computed in the step that this reports.
     """
 
@@ -89,6 +104,7 @@ class StepOutput(msgspec.Struct):
     prompt_logprobs: list[tuple[str, list[TokenLogprobs]]] = []
     ended: list[SequenceEnd] = []
     finished: list[str] = []
+    planned: float = 0.0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
 

@@ -1,9 +1,11 @@
 """SamplingParams: how the next token is chosen and when to stop; every rule about a value is checked here, nowhere else.
 
 Owns the fields, their defaults and their ranges; it does not know the model (vocabulary size, model length and the KV
-pool are checked by the engine when the request is added). Invariant: a SamplingParams that exists is valid.
+pool are checked by the engine when the request is added) or what a grammar means (text/grammar.py does). Invariant: a
+SamplingParams that exists is valid.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -25,6 +27,96 @@ NUMBERS = ("n", "best_of", "presence_penalty", "frequency_penalty", "repetition_
            "min_p", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "length_penalty")
 
 LogitsProcessor = Callable[[list[int], Any], Any]
+
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """What the output has to look like; exactly one of the first five is given. Names as in vLLM.
+
+    Args:
+        json: a JSON schema, as text or as a mapping (which is copied).
+        regex: the whole output matches it. choice: the output is one of these texts.
+        grammar: a grammar in Lark's notation, as llguidance reads it, or in GBNF (the rules of ``root``).
+        json_object: True asks for any JSON object.
+        disable_any_whitespace: JSON without spaces and line breaks.
+        disable_additional_properties: objects of the schema hold no properties but those that it names.
+        whitespace_pattern: a regex for the space between the parts of JSON.
+
+    Raises:
+        RequestError: with ``param`` structured_outputs.
+    """
+
+    json: str | dict[str, Any] | None = field(default=None, hash=False)
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        if self.choice is not None:
+            set_(self, "choice", _tuple("choice", self.choice, "structured_outputs"))
+        if self.json_object is False:
+            set_(self, "json_object", None)
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            got = " and ".join(given) or "none"
+            raise _unstructured(f"structured_outputs needs exactly one of {', '.join(CONSTRAINTS)}, got {got}.")
+        if isinstance(self.json, dict):
+            set_(self, "json", _json_copy(self.json))
+        elif self.json is not None and not isinstance(self.json, str):
+            raise _unstructured(f"json must be a JSON schema, got {self.json!r:.200}.")
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise _unstructured(f"{name} must be a string, got {value!r:.200}.")
+        for word in self.choice or ():
+            if not isinstance(word, str):
+                raise _unstructured(f"choice must hold strings, got {word!r:.200}.")
+        if self.json_object is not None and self.json_object is not True:
+            raise _unstructured(f"json_object must be true or false, got {self.json_object!r:.200}.")
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(getattr(self, name), bool):
+                raise _unstructured(f"{name} must be true or false, got {getattr(self, name)!r:.200}.")
+        _check_options(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StructuredOutputsParams":
+        """Build from a mapping; an unknown name is a RequestError that names it."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise RequestError(f"{name!s:.200} is not a field of structured_outputs.", "structured_outputs",
+                                   "unsupported_field")
+        return cls(**values)
+
+
+def _unstructured(message: str) -> RequestError:
+    return RequestError(message, "structured_outputs")
+
+
+def _check_options(p: StructuredOutputsParams) -> None:
+    """Options that would have no effect are refused."""
+    of_json = p.json is not None or p.json_object is not None
+    for name in ("disable_any_whitespace", "whitespace_pattern"):
+        if getattr(p, name) and not of_json:
+            raise _unstructured(f"{name} belongs to json and json_object, got {getattr(p, name)!r:.200}.")
+    if p.disable_additional_properties and p.json is None:
+        raise _unstructured("disable_additional_properties belongs to json, got True.")
+    if p.disable_any_whitespace and p.whitespace_pattern is not None:
+        raise _unstructured("whitespace_pattern and disable_any_whitespace exclude each other.")
+
+
+def _json_copy(value: dict[str, Any]) -> Any:
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _unstructured(f"json must be a JSON schema, got {value!r:.200}.") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +147,8 @@ class SamplingParams:
         use_beam_search: width best_of (or n); needs temperature 0. length_penalty: -5 to 5, exponent of the length in the
             score.
         early_stopping: True, False or "never", as in Hugging Face's generate.
+        structured_outputs: what the output has to look like. A grammar decides before others: bad_words, allowed_token_ids,
+            min_tokens and ignore_eos hold as long as they leave it a token to go on with.
 
     Raises:
         RequestError: a value is out of range; the message names field and value, ``param`` the field.
@@ -88,6 +182,7 @@ class SamplingParams:
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # the one place where a frozen value is normalised: before anybody sees it
@@ -132,11 +227,11 @@ class SamplingParams:
         return replace(self, **changes)
 
 
-def _tuple(name: str, value: Any) -> tuple[Any, ...]:
+def _tuple(name: str, value: Any, param: str | None = None) -> tuple[Any, ...]:
     if value is None:
         return ()
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence | set | frozenset):
-        raise RequestError(f"{name} must be a list, got {value!r:.200}.", name)
+        raise RequestError(f"{name} must be a list, got {value!r:.200}.", param or name)
     return tuple(value)
 
 
@@ -186,6 +281,8 @@ def _check_numbers(p: SamplingParams) -> None:
             raise RequestError(f"{name} must be true or false, got {getattr(p, name)!r:.200}.", name)
     if not (isinstance(p.early_stopping, bool) or p.early_stopping == "never"):
         raise RequestError(f'early_stopping must be true, false or "never", got {p.early_stopping!r:.200}.', "early_stopping")
+    if not isinstance(p.structured_outputs, StructuredOutputsParams | None):
+        raise _unstructured(f"structured_outputs must be StructuredOutputsParams, got {p.structured_outputs!r:.200}.")
 
 
 def _check_lists(p: SamplingParams) -> None:
@@ -239,6 +336,6 @@ def _check_beam(p: SamplingParams) -> None:
             raise RequestError(f"{name} must be {value} with beam search, got {getattr(p, name)}.", name)
     if p.top_k > 0:
         raise RequestError(f"top_k must be -1 with beam search, got {p.top_k}.", "top_k")
-    for name in ("logits_processors", "logit_bias", "bad_words", "allowed_token_ids", "stop"):
+    for name in ("logits_processors", "logit_bias", "bad_words", "allowed_token_ids", "stop", "structured_outputs"):
         if getattr(p, name):
             raise RequestError(f"{name} cannot be combined with beam search, got {getattr(p, name)!r:.200}.", name)

@@ -11,7 +11,7 @@ epoch and a step number; a gap or a repetition is a loud error. Arrays are numpy
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -20,6 +20,10 @@ import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
+
+Constraint = Callable[[Int32, Int32], bool]
+"""What decides which tokens a row may sample, made by the host: (its output so far, int32 words [ceil(vocab / 32)] that get
+bit ``i % 32`` of word ``i // 32`` for every token i that may follow) -> False when it has failed."""
 
 
 def _empty() -> Int32:
@@ -40,6 +44,8 @@ class RowSampling(msgspec.Struct, frozen=True, kw_only=True):
         logit_bias: ids and values. allowed: ids or None. bad_words: token sequences.
         min_tokens, stop_ids: while fewer than min_tokens are generated, stop_ids (end tokens included) are masked.
         processors: the row has logits processors registered with the group (offline only).
+        constrained: the row has a Constraint registered there. It decides first: allowed, bad_words and the mask of stop_ids
+            hold as long as they leave it a token.
         beam: the row never samples by itself; its top ``logprobs`` come up and the host forces its next token.
     """
 
@@ -61,6 +67,7 @@ class RowSampling(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
     processors: bool = False
+    constrained: bool = False
     beam: bool = False
 
 

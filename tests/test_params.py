@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.errors import RequestError
-from octavo.params import MAX_BIAS, MAX_STOP, MAX_STOP_CHARS, SamplingParams
+from octavo.params import MAX_BIAS, MAX_STOP, MAX_STOP_CHARS, SamplingParams, StructuredOutputsParams
 
 NAN, INF = float("nan"), float("inf")
 NUMBERS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p",
@@ -38,6 +38,7 @@ BAD: list[tuple[str, Any]] = [
     ("logit_bias", [1]), ("logit_bias", {-1: 1.0}), ("logit_bias", {"1": 1.0}), ("logit_bias", {1: 101.0}),
     ("logit_bias", {1: NAN}), ("logit_bias", {1: -INF}), ("logit_bias", {i: 0.0 for i in range(MAX_BIAS + 1)}),
     ("logits_processors", [3]), ("early_stopping", "yes"), ("early_stopping", None), ("early_stopping", 1),
+    ("structured_outputs", {"regex": "a"}), ("structured_outputs", "a"),
 ]
 
 
@@ -149,3 +150,29 @@ def test_a_valid_object_stays_valid() -> None:
     params = SamplingParams(logit_bias=bias)
     bias[-1] = 1e9
     assert params.logit_bias == {5: 1.0} and isinstance(hash(params), int)
+
+
+@pytest.mark.parametrize("values", [
+    {}, {"regex": "a", "choice": ["a"]}, {"json_object": False}, {"json_object": 1}, {"json": 3}, {"json": {"a": NAN}},
+    {"json": {"a": object()}}, {"regex": 3}, {"grammar": b"x"}, {"choice": "abc"}, {"choice": [1]}, {"choice": 3},
+    {"regex": "a", "whitespace_pattern": " "}, {"regex": "a", "disable_any_whitespace": True},
+    {"json_object": True, "disable_additional_properties": True}, {"json": {}, "disable_any_whitespace": 1},
+    {"json": {}, "whitespace_pattern": 1}, {"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True},
+    {"regx": "a"}], ids=repr)
+def test_structured_outputs_that_are_no_constraint(values: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        StructuredOutputsParams.from_dict(values)
+    assert caught.value.param == "structured_outputs" and len(str(caught.value)) < 600
+
+
+def test_structured_outputs_are_values() -> None:
+    schema = {"type": "object"}
+    one = StructuredOutputsParams(json=schema, json_object=False)
+    schema["type"] = "array"
+    assert one.json == {"type": "object"} and one == StructuredOutputsParams(json={"type": "object"})
+    assert StructuredOutputsParams(choice=["a"]).choice == ("a",)
+    params = SamplingParams(structured_outputs=one)
+    assert hash(params) == hash(SamplingParams(structured_outputs=one)) and params.clone(n=2).structured_outputs is one
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(structured_outputs=one, use_beam_search=True, n=2, temperature=0.0)
+    assert caught.value.param == "structured_outputs"

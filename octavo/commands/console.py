@@ -1,10 +1,11 @@
-"""What the commands print for people: tables, with rich on a terminal and plain columns elsewhere.
+"""What passes between the commands and people: tables, with rich on a terminal and plain columns elsewhere, and lines.
 
-Owns the look only; it does not know what the cells mean. Invariant: piped output holds no control characters.
+Owns the look only; it does not know what cells or lines mean. Invariant: piped output holds no control characters.
 """
 
+import contextlib
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 Row = Sequence[str]
 
@@ -26,6 +27,31 @@ def number_text(value: float) -> str:
     """A figure for people: four significant digits, thousands marked, no exponent."""
     whole = len(str(int(abs(value))))
     return f"{value:,.{max(0, 4 - whole)}f}" if abs(value) >= 1 else f"{value:.4f}"
+
+
+def on_terminal() -> bool:
+    """True when a person types and reads here."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def input_lines() -> Iterator[str]:
+    """Lines until the input ends: typed after a mark, with editing and history, or those of a pipe."""
+    if not on_terminal():
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() line editing and history
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+
+
+def write_now(text: str) -> None:
+    """Print a piece of text as it is, at once."""
+    print(text, end="", flush=True)
 
 
 def _print_rich(title: str, columns: Row, rows: Sequence[Row], numeric: Collection[int]) -> None:

@@ -7,14 +7,14 @@ EngineConfig. Invariant: only sampling flags that were given appear among the ch
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from octavo.config import EngineConfig, human_int
 from octavo.errors import ModelError, RequestError
-from octavo.params import SamplingParams
+from octavo.params import SamplingParams, StructuredOutputsParams
 
 # Options of which this version accepts only the default; they exist so that a wish for them is refused by name.
 REFUSED = frozenset({"--trust-remote-code", "--quantization", "--tensor-parallel-size", "--pipeline-parallel-size"})
@@ -45,6 +45,13 @@ def _bias(text: str) -> dict[int, float]:
     return {int(token): bias for token, bias in value.items()}
 
 
+def _structured(text: str) -> StructuredOutputsParams:
+    try:
+        return StructuredOutputsParams.from_dict(dict(json.loads(text)))
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 FLAGS: Mapping[str, _Flag] = {
     "n": _Flag("continuations per prompt", int),
     "best_of": _Flag("continuations to compute, of which the n best are kept", int),
@@ -72,27 +79,38 @@ FLAGS: Mapping[str, _Flag] = {
     "use_beam_search": _Flag("beam search of width best_of (or n); needs --temperature 0", bool),
     "length_penalty": _Flag("exponent of the length in a beam's score", float),
     "early_stopping": _Flag("end of a beam search: true, false or never", _early_stopping),
+    "structured_outputs": _Flag(
+        'what the output looks like: JSON {"json": schema}, {"regex": ...}, {"choice": [...]}, ...', _structured),
 }
 
 
 class _EngineGroups:
     """Stands for the parser in EngineConfig.add_cli_args: the model stays in front, flags go into two groups."""
 
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
+    def __init__(self, parser: argparse.ArgumentParser, optional: bool) -> None:
         self.parser = parser
+        self.optional = optional
         self.engine = parser.add_argument_group("engine")
         self.refused = parser.add_argument_group("not supported yet (everything but the default is refused by name)")
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """Add an option of the engine where it belongs."""
+        if names[0] == "model" and self.optional:
+            options["nargs"] = "?"
+        if names[0] == "--model" and self.optional:
+            options["required"] = False
         if names[0] in ("model", "--model"):
             return self.parser.add_argument(*names, **options)
         return (self.refused if names[0] in REFUSED else self.engine).add_argument(*names, **options)
 
 
-def add_engine_args(parser: argparse.ArgumentParser, *, model: str = "option") -> None:
-    """Add a flag per field of EngineConfig, in groups of their own; call it last, so that they come last in --help."""
-    groups: Any = _EngineGroups(parser)
+def add_engine_args(parser: argparse.ArgumentParser, *, model: str = "option", optional: bool = False) -> None:
+    """Add a flag per field of EngineConfig, in groups of their own; call it last, so that they come last in --help.
+
+    Args:
+        model: "option" or "positional". optional: the command can do without a model.
+    """
+    groups: Any = _EngineGroups(parser, optional)
     EngineConfig.add_cli_args(groups, model=model)
 
 
@@ -116,7 +134,7 @@ def add_sampling_args(parser: argparse.ArgumentParser, without: frozenset[str] =
 
 
 def _metavar(kind: Callable[[str], Any]) -> str:
-    names: dict[Any, str] = {int: "INT", human_int: "INT", float: "NUMBER", str: "TEXT", _bias: "JSON"}
+    names: dict[Any, str] = {int: "INT", human_int: "INT", float: "NUMBER", str: "TEXT", _bias: "JSON", _structured: "JSON"}
     return names.get(kind, "VALUE")
 
 
@@ -140,6 +158,31 @@ def with_changes(defaults: SamplingParams, changes: Mapping[str, Any]) -> Sampli
 def engine_options(config: EngineConfig) -> dict[str, Any]:
     """The config as keyword arguments of LLM."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def changed(args: argparse.Namespace, config: type[Any], names: Collection[str] | None = None) -> dict[str, Any]:
+    """The fields of a config class whose flags the command line gave another value than the default; ``names``: of these."""
+    found = {}
+    for f in fields(config):
+        default = f.default_factory() if f.default_factory is not MISSING else None if f.default is MISSING else f.default
+        value = getattr(args, f.name, None)
+        if (names is None or f.name in names) and value not in (default, None):
+            found[f.name] = value
+    return found
+
+
+def words_of(changes: Mapping[str, Any]) -> list[str]:
+    """Fields as the words of a command line that ``add_flag`` reads back."""
+    words: list[str] = []
+    for name, value in changes.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list | tuple):
+            words += [word for item in value for word in (f"--{flag}", str(item))]
+        else:
+            words.append(f"--{flag}={json.dumps(value) if isinstance(value, Mapping) else value}")
+    return words
 
 
 def with_hint(error: ModelError, config: EngineConfig) -> ModelError:

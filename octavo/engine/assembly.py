@@ -7,7 +7,7 @@ nothing twice.
 
 import numpy as np
 
-from octavo.engine.request import Sequence
+from octavo.engine.request import Request, Sequence
 from octavo.engine.rows import FREE, Index, RowTable
 from octavo.engine.state import EngineState, StepRecord
 from octavo.engine.tier import Saves
@@ -26,12 +26,13 @@ class Draft:
 
     Attributes:
         rows, starts, counts: chunks of prompts. sample_rows, sample_from, sample_pos: those of them that sample.
+        scored: of the rows, those whose request wants prompt logprobs.
         copies, swap_in: pairs of blocks. append_rows, append_index, append_blocks: new entries of block tables.
     """
 
     __slots__ = (
         "append_blocks", "append_index", "append_rows", "budget", "copies", "counts", "mixed", "rows", "sample_from",
-        "sample_pos", "sample_rows", "starts", "swap_in")
+        "sample_pos", "sample_rows", "scored", "starts", "swap_in")
 
     def __init__(self, budget: int, mixed: bool) -> None:
         self.budget, self.mixed = budget, mixed
@@ -41,6 +42,7 @@ class Draft:
         self.sample_rows: list[int] = []
         self.sample_from: list[int] = []
         self.sample_pos: list[int] = []
+        self.scored: dict[int, Request] = {}
         self.copies: list[tuple[int, int]] = []
         self.swap_in: list[tuple[int, int]] = []
         self.append_rows = self.append_index = self.append_blocks = NO_INTS
@@ -100,7 +102,8 @@ class Assembly:
             rows32, sample_rows32 = rows.astype(np.int32), sample_rows.astype(np.int32)
             generations, sample_generations = table.generation.take(rows), table.generation.take(sample_rows)
         record = StepRecord(
-            self._step, rows, generations, ends, sample_rows, sample_generations, num, sum(draft.counts))
+            self._step, rows, generations, ends, sample_rows, sample_generations, num, sum(draft.counts),
+            scored=draft.scored)
         new: list[NewRow] = []
         if state.fresh:
             new = [self._new_row(sequence, record, starts) for sequence in state.fresh]
@@ -133,8 +136,10 @@ class Assembly:
         table, row, request = self._state.table, sequence.row, sequence.request
         sequence.announced = True
         generation = int(table.generation[row])
-        if request.params.logits_processors:
-            record.processors.append((row, generation, tuple(request.params.logits_processors)))
+        if request.matcher is not None and sequence.matcher is None:
+            sequence.matcher = request.matcher.copy()
+        if request.params.logits_processors or sequence.matcher is not None:
+            record.processors.append((row, generation, tuple(request.params.logits_processors), sequence.matcher))
         at = np.flatnonzero(record.rows == row)
         start = int(starts[at[0]]) if at.size else int(table.computed[row])
         return NewRow(row, generation, table.known_tokens(row), request.num_prompt, start, table.table(row),

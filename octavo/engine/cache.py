@@ -66,6 +66,11 @@ class PrefixCache:
                 found.append(block)
         return found
 
+    def holds(self, digests: Sequence[bytes], num_tokens: int) -> bool:
+        """True when the full block that begins at ``num_tokens`` of a sequence is here."""
+        index = num_tokens // self.block_size
+        return self.enabled and index < len(digests) and self.pool.find(digests[index]) is not None
+
     def publish(self, digests: list[bytes], root: bytes, tokens: Int32, blocks: Int32, start: int, end: int) -> None:
         """Publish blocks [start, end) of a sequence; the caller has seen that they are full, known and written.
 

@@ -16,17 +16,18 @@ from octavo.config import EngineConfig
 from octavo.engine.admission import check_request
 from octavo.engine.beam import Beams
 from octavo.engine.cache import root_digest
+from octavo.engine.grammars import Grammars
 from octavo.engine.request import Request, Status
 from octavo.engine.request import Sequence as Continuation
 from octavo.engine.scheduler import MIXED_PROMPT_TOKENS, Scheduler
 from octavo.engine.state import EngineState, StepRecord
 from octavo.engine.stats import Stats, StatsLog
-from octavo.engine.update import apply_result, fail_step
+from octavo.engine.update import BAD_GRAMMAR, apply_result, fail_step
 from octavo.errors import ConfigError, EngineDead, RequestError
 from octavo.log import get_logger
 from octavo.messages import EngineRequest, StepOutput
 from octavo.params import LogitsProcessor
-from octavo.plan import GroupInfo, StepPlan, StepResult
+from octavo.plan import Constraint, GroupInfo, StepPlan, StepResult
 
 MAX_FAILED_STEPS = 3
 """Failed steps in a row after which the engine gives up: the fault is not the requests'."""
@@ -58,8 +59,9 @@ class Group(Protocol):
     def submit(self, plan: StepPlan) -> Pending:
         """Send a plan to all workers."""
 
-    def set_processors(self, row: int, generation: int, processors: Sequence[LogitsProcessor]) -> None:
-        """Register the logits processors of a row that the next plan starts."""
+    def set_processors(self, row: int, generation: int, processors: Sequence[LogitsProcessor],
+                       constraint: Constraint | None) -> None:
+        """Register the logits processors and the constraint of a row that the next plan starts."""
 
     def close(self) -> None:
         """End the workers."""
@@ -72,6 +74,7 @@ class Engine:
         config: options. group: started workers. seed: root of the seeds of requests that bring none.
         clock: monotonic seconds. patient: nobody reads along, so prompts may take whole steps while others decode: more
             tokens a second, and longer pauses between the tokens of a request.
+        grammars: compiles those of requests; without it such requests are refused.
 
     Raises:
         ConfigError: the group's numbers cannot work together.
@@ -79,7 +82,7 @@ class Engine:
 
     def __init__(
         self, config: EngineConfig, group: Group, *, seed: int = 0, clock: Callable[[], float] = time.monotonic,
-        patient: bool = False) -> None:
+        patient: bool = False, grammars: Grammars | None = None) -> None:
         _check_info(group.info)
         self._config, self._group, self._clock = config, group, clock
         self._state = EngineState(config, group.info)
@@ -88,6 +91,7 @@ class Engine:
         self._overlap = group.asynchronous if config.async_scheduling is None else config.async_scheduling
         self._in_flight: tuple[StepRecord, Pending] | None = None
         self._seeds = random.Random(seed)
+        self._grammars = Grammars(None) if grammars is None else grammars
         self._num_requests = self._failed = 0
         self._dead: str | None = None
         self._stats_log = None if config.disable_log_stats else StatsLog(_log, clock())
@@ -96,7 +100,8 @@ class Engine:
     def stats(self) -> Stats:
         """Counters, and gauges of this moment."""
         state, stats = self._state, self._state.stats
-        stats.running, stats.waiting = state.num_running, len(state.queue)
+        stats.running, stats.compiling = state.num_running, len(self._grammars)
+        stats.waiting = len(state.queue) + stats.compiling
         stats.swapped = sum(1 for sequence in state.queue if sequence.host_blocks)
         stats.kv_used, stats.kv_cached = state.pool.num_used, state.pool.num_cached
         stats.host_used, stats.host_cached = state.host_pool.num_used, state.host_pool.num_cached
@@ -109,22 +114,21 @@ class Engine:
             RequestError: it can never run, or its id is taken; nothing has changed. EngineDead: the engine has ended.
         """
         self._check_alive()
-        if request.request_id in self._state.requests:
+        if request.request_id in self._state.requests or request.request_id in self._grammars:
             raise RequestError(f"request_id {request.request_id!r:.200} is already in use.", "request_id")
         max_total = check_request(request, self._config, self._state.info)
         given = request.params.seed
         seed = self._seeds.getrandbits(64) if given is None else given
         accepted = Request(request, self._num_requests, seed, max_total, root_digest(request.cache_salt),
                            request.arrival or self._clock())
-        self._num_requests += 1
         if request.params.use_beam_search:
             accepted.beams = Beams(request.params, accepted.end_ids, accepted.stop_set, max_total - accepted.num_prompt,
                                    self._state.info.vocab_size)
-        first = Continuation(accepted, 0)
-        accepted.sequences.append(first)
-        self._state.requests[accepted.id] = accepted
-        self._state.queue.push(first)
-        self._state.stats.requests += 1
+        if request.grammar is None:
+            self._queue(accepted)
+        else:
+            self._grammars.start(accepted)
+        self._num_requests += 1
 
     def abort(self, request_id: str, index: int | None = None, *, report: bool = True) -> bool:
         """End a request, or one continuation of it, now. False: there is no such thing.
@@ -132,6 +136,9 @@ class Engine:
         Args:
             report: the next StepOutput says so; False forgets the request at once, so that its id may be used again.
         """
+        compiling = self._grammars.take(request_id)
+        if compiling is not None:
+            self._queue(compiling)
         request = self._state.requests.get(request_id)
         if request is None:
             return False
@@ -173,7 +180,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """True while a request is unfinished, a result is awaited or an end has not been said yet."""
-        return bool(self._state.requests) or self._in_flight is not None or self._state.has_news()
+        return bool(self._state.requests or self._grammars) or self._in_flight is not None or self._state.has_news()
 
     def check(self) -> None:
         """Prove the invariants of the whole engine; AssertionError says which one is broken."""
@@ -182,18 +189,36 @@ class Engine:
     def close(self) -> None:
         """End the workers; the engine cannot be used afterwards."""
         self._dead = self._dead or "it was closed"
+        self._grammars.close()
         self._group.close()
+
+    def _queue(self, request: Request) -> None:
+        first = Continuation(request, 0)
+        request.sequences.append(first)
+        self._state.requests[request.id] = request
+        self._state.queue.push(first)
+        self._state.stats.requests += 1
+
+    def _queue_compiled(self) -> None:
+        for request in self._grammars.ready():
+            self._queue(request)
+            if request.matcher is not None and request.matcher.error:
+                self._state.end_request(request, "error", f"{BAD_GRAMMAR} {request.matcher.error:.200}.")
 
     def _submit(self) -> tuple[StepRecord, Pending] | None:
         scheduler, state = self._scheduler, self._state
+        self._queue_compiled()
+        state.out.planned = self._clock()
         plan = scheduler.schedule()
         record = scheduler.record
         if plan is None or record is None:
             state.pending = None
+            if self._in_flight is None and not state.has_news():
+                self._grammars.wait()
             return None
         try:
-            for row, generation, processors in record.processors:
-                self._group.set_processors(row, generation, processors)
+            for given in record.processors:
+                self._group.set_processors(*given)
             pending = self._group.submit(plan)
         except Exception as error:
             fail_step(state, record, error)
@@ -236,8 +261,7 @@ class Engine:
 
     def _report(self) -> StepOutput:
         out, stats = self._state.take_output(), self._state.stats
-        stats.prompt_tokens += out.num_prompt_tokens
-        stats.generated_tokens += out.num_generated_tokens
+        stats.note_step(out.num_prompt_tokens, out.num_generated_tokens)
         if self._stats_log is not None and self._stats_log.due(now := self._clock()):
             self._stats_log.write(self.stats, now)
         return out

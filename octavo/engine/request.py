@@ -14,6 +14,7 @@ import numpy as np
 from octavo.engine.beam import Beams
 from octavo.messages import EngineRequest, TokenLogprobs
 from octavo.plan import Int32, RowSampling
+from octavo.text.matcher import Matcher
 
 
 class Status(enum.IntEnum):
@@ -36,10 +37,11 @@ class Request:
         sequences: those that exist. unfinished: continuations still to be reported. spawned: all n exist.
         prompt_scored: prompt logprobs up to this position have been sent (the first position has none).
         started: its first sequence has had a row.
+        matcher: with a grammar, the beginning of it, which every continuation copies.
     """
 
     __slots__ = (
-        "arrival", "beams", "end_ids", "id", "max_total", "num_prompt", "number", "params", "priority", "prompt",
+        "arrival", "beams", "end_ids", "id", "matcher", "max_total", "num_prompt", "number", "params", "priority", "prompt",
         "prompt_scored", "root", "seed", "sequences", "source", "spawned", "started", "stop_ids", "stop_set", "stream",
         "unfinished", "width")
 
@@ -50,7 +52,9 @@ class Request:
         self.source, self.params, self.arrival, self.priority = source, params, arrival, source.priority
         self.prompt: Int32 = np.asarray(source.prompt_token_ids, np.int32)
         self.num_prompt, self.max_total, self.width = len(self.prompt), max_total, params.width
-        self.end_ids = frozenset() if params.ignore_eos else frozenset(source.eos_token_ids)
+        # A grammar lets an end token through only where ignore_eos has left nothing else: then it is over in any case.
+        ignored = params.ignore_eos and source.grammar is None
+        self.end_ids = frozenset() if ignored else frozenset(source.eos_token_ids)
         self.stop_ids = tuple(sorted(self.end_ids | set(params.stop_token_ids)))
         self.stop_set = frozenset(self.stop_ids)
         self.stream = source.stream and not params.use_beam_search
@@ -60,11 +64,18 @@ class Request:
         self.prompt_scored = 1
         self.started = False
         self.beams: Beams | None = None
+        self.matcher: Matcher | None = None
 
     @property
-    def scores_prompt(self) -> bool:
-        """True while prompt logprobs are owed: until then the prefix cache is not read."""
-        return self.params.prompt_logprobs is not None and self.prompt_scored < self.num_prompt
+    def scorer(self) -> "Sequence | None":
+        """Who computes the prompt logprobs that are owed: the first continuation that lives; None when none are owed.
+
+        It computes the whole prompt itself, without the prefix cache. Until all are there no sibling that waits is started
+        from blocks of others: each may become the scorer, when those before it are aborted, and must not have skipped any.
+        """
+        if self.params.prompt_logprobs is None or self.prompt_scored >= self.num_prompt:
+            return None
+        return next((s for s in self.sequences if s.status is not Status.ENDED), None)
 
     @property
     def host_bound(self) -> bool:
@@ -89,13 +100,18 @@ class Request:
             logprobs=p.logprobs if p.logprobs is not None else (0 if self.sums_logprobs else -1),
             prompt_logprobs=self._prompt_logprobs(index),
             bias_ids=tuple(p.logit_bias), bias_values=tuple(map(float, p.logit_bias.values())),
-            allowed=None if p.allowed_token_ids is None else tuple(p.allowed_token_ids), bad_words=self.source.bad_word_ids,
-            min_tokens=p.min_tokens, stop_ids=self.stop_ids if p.min_tokens else (), processors=bool(p.logits_processors))
+            allowed=None if p.allowed_token_ids is None else tuple(p.allowed_token_ids), bad_words=self._bad_words(),
+            min_tokens=p.min_tokens, stop_ids=self.stop_ids if p.min_tokens else (), processors=bool(p.logits_processors),
+            constrained=self.matcher is not None)
+
+    def _bad_words(self) -> tuple[tuple[int, ...], ...]:
+        if self.matcher is None or not self.params.ignore_eos:
+            return self.source.bad_word_ids
+        return (*self.source.bad_word_ids, *((token,) for token in self.end_ids))
 
     def _prompt_logprobs(self, index: int) -> int:
-        asked = self.params.prompt_logprobs
-        leader = next((s.index for s in self.sequences if s.status is not Status.ENDED), -1)
-        return asked if asked is not None and self.scores_prompt and index == leader else -1
+        asked, scorer = self.params.prompt_logprobs, self.scorer
+        return asked if asked is not None and scorer is not None and scorer.index == index else -1
 
 
 class Sequence:
@@ -106,11 +122,11 @@ class Sequence:
         tokens: known tokens while it has no row. digests: of the full blocks of its tokens, as far as needed.
         host_blocks, computed: while swapped, its blocks in host memory and how many tokens' KV they hold.
         logprobs: of its generated tokens where asked for. cumulative: their sum where wanted.
-        streamed: (request id, index), what names it in a StepOutput.
+        streamed: (request id, index), what names it in a StepOutput. matcher: its place in the request's grammar.
     """
 
     __slots__ = (
-        "announced", "computed", "cumulative", "digests", "host_blocks", "index", "logprobs", "request", "row",
+        "announced", "computed", "cumulative", "digests", "host_blocks", "index", "logprobs", "matcher", "request", "row",
         "status", "streamed", "tokens")
 
     def __init__(self, request: Request, index: int, tokens: Int32 | None = None, digests: list[bytes] | None = None) -> None:
@@ -125,6 +141,7 @@ class Sequence:
         self.logprobs: list[TokenLogprobs] | None = [] if request.params.logprobs is not None and not request.stream else None
         self.cumulative = 0.0
         self.streamed = (request.id, index)
+        self.matcher: Matcher | None = None
 
     def __repr__(self) -> str:
         return f"Sequence({self.request.id!r}, {self.index}, {self.status.name}, row={self.row})"

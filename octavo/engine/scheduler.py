@@ -205,6 +205,8 @@ class Scheduler:
         start = int(table.computed[row])
         source = num_decodes + len(draft.rows)
         draft.compute(row, start, chunk)
+        if request.params.prompt_logprobs is not None:
+            draft.scored[row] = request
         table.computed[row] = start + chunk
         if chunk < remaining:
             if table.state[row] == PREFILL and sequence not in self.state.prefilling:
@@ -298,12 +300,16 @@ class Scheduler:
     def _shared_blocks(self, sequence: Sequence, total: int) -> tuple[list[int], list[int], int] | None:
         """Blocks that a sequence need not compute, host blocks that go on after them, how many of both the cache gave.
 
-        None: a sibling is computing the prompt that they share, so it pays to wait for it.
+        None: a sibling is computing the prompt that they share, so it pays to wait for it; where it also owes the prompt's
+        logprobs, nobody else may start, lest the positions that a shared block skips are never scored.
         """
         state, request = self.state, sequence.request
+        scorer = request.scorer
+        if scorer is not None and scorer is not sequence:
+            return None
         blocks: list[int] = []
         hosted: list[int] = []
-        reads = not (request.scores_prompt and sequence is request.sequences[0])
+        reads = scorer is None
         if reads:
             state.cache.extend(sequence.digests, request.root, self._tokens(sequence))
             blocks = state.cache.match(sequence.digests, total)
@@ -334,6 +340,9 @@ class Scheduler:
             stats.prefix_queries += request.num_prompt
             stats.prefix_hits += cached
             stats.prefix_hits_host += hosted
+            size = self.state.block_size
+            if cached + size == request.num_prompt and self.state.cache.holds(request.sequences[0].digests, cached):
+                stats.prefix_again += size
             self.state.out.started.append((request.id, cached))
 
     def _unblock(self, draft: Draft) -> None:

@@ -24,7 +24,7 @@ from octavo.engine.tier import HostTier, Saves
 from octavo.messages import SequenceEnd, StepOutput
 from octavo.outputs import FinishReason
 from octavo.params import LogitsProcessor
-from octavo.plan import GroupInfo, Int32
+from octavo.plan import Constraint, GroupInfo, Int32
 
 
 @dataclass(slots=True)
@@ -37,7 +37,9 @@ class StepRecord:
         num_decodes, num_prompt_tokens: computed tokens of either kind.
         swapped: sequences whose blocks the step copied to host memory. swapped_bytes: moved in either direction.
         saved: evicted prefixes that the step copied to host memory; their host blocks are reserved until its result comes.
-        processors: rows that start with logits processors. checksum: of the rows, in debug mode only.
+        scored: by row, requests whose prompt logprobs it computes: they are the request's, and count even when the sequence
+            in the row has ended meanwhile, since siblings that were forked from it have computed nothing of the prompt.
+        processors: rows that start with logits processors or a grammar. checksum: of the rows, in debug mode only.
     """
 
     step: int
@@ -51,7 +53,8 @@ class StepRecord:
     swapped: list[Sequence] = field(default_factory=list)
     swapped_bytes: int = 0
     saved: Saves | None = None
-    processors: list[tuple[int, int, tuple[LogitsProcessor, ...]]] = field(default_factory=list)
+    scored: dict[int, Request] = field(default_factory=dict)
+    processors: list[tuple[int, int, tuple[LogitsProcessor, ...], Constraint | None]] = field(default_factory=list)
     checksum: int | None = None
 
     def involves(self, row: int, generation: int) -> bool:

@@ -21,6 +21,8 @@ from octavo.plan import Int32, RowLogprobs, StepResult
 BAD_LOGITS = (
     "No token could be sampled: the logits were not finite, every token was masked, or a logits processor failed.")
 
+BAD_GRAMMAR = "The grammar of structured_outputs could not be followed to its end:"
+
 Marks = dict[int, TokenLogprobs]
 """By identity of the sequence, the logprobs of the token that it got in this step."""
 
@@ -49,7 +51,7 @@ def apply_result(state: EngineState, record: StepRecord, result: StepResult) -> 
             _publish(state, rows[full], ends[full])
     marks = _logprobs(state, record, result.logprobs, departed) if result.logprobs else {}
     if result.prompt_logprobs:
-        _prompt_logprobs(state, record, result.prompt_logprobs, departed)
+        _prompt_logprobs(state, record, result.prompt_logprobs)
     if not same:
         live = table.generation.take(record.sample_rows) == record.sample_generations
     _append_tokens(state, record.sample_rows, result.tokens, live, marks)
@@ -244,15 +246,12 @@ def _logprobs(state: EngineState, record: StepRecord, found: list[RowLogprobs], 
     return marks
 
 
-def _prompt_logprobs(
-    state: EngineState, record: StepRecord, found: list[RowLogprobs], departed: list[Departed]) -> None:
-    """Send prompt logprobs on; positions that were sent before a preemption are not sent again."""
-    owners = _owners(state, record, departed)
+def _prompt_logprobs(state: EngineState, record: StepRecord, found: list[RowLogprobs]) -> None:
+    """Send prompt logprobs on; positions that were sent before a preemption or an abort are not sent again."""
     for entry in found:
-        sequence = owners.get(entry.row)
-        if sequence is None:
+        request = record.scored[entry.row]
+        if state.requests.get(request.id) is not request:
             continue
-        request = sequence.request
         skip = request.prompt_scored - entry.start
         assert skip >= 0, f"prompt logprobs of {request.id} begin at {entry.start}, {request.prompt_scored} is due"
         if skip < len(entry.tokens):
@@ -266,7 +265,8 @@ def _fail_bad(state: EngineState, record: StepRecord, bad: Int32, departed: list
     for row in record.sample_rows[bad].tolist():
         sequence = owners.get(row)
         if sequence is not None and sequence.request.id in state.requests:
-            state.end_request(sequence.request, "error", BAD_LOGITS)
+            failed = "" if sequence.matcher is None else sequence.matcher.error
+            state.end_request(sequence.request, "error", f"{BAD_GRAMMAR} {failed:.200}." if failed else BAD_LOGITS)
 
 
 def _advance_beams(state: EngineState, record: StepRecord) -> None:

@@ -139,8 +139,7 @@ def _whole_rotation(k: _Keys, config: Config) -> Config:
 
 
 def _factors(k: _Keys, name: str) -> list[float]:
-    values = k.file.read(name).float().flatten()
-    return [float(v) for v in values]
+    return [float(v) for v in k.file.floats(name)]
 
 
 def _rope_scaling(k: _Keys, config: Config) -> Config | None:

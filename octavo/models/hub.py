@@ -23,8 +23,7 @@ from octavo.log import get_logger
 from octavo.models.gguf import MAGIC, GgufFile
 from octavo.models.gguf_config import config_of
 from octavo.models.overrides import apply, check_tokens
-from octavo.models.source import ModelSource
-from octavo.models.weights import read_json
+from octavo.models.source import ModelSource, read_json
 
 log = get_logger(__name__)
 

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import Final, Literal
-
-import torch
+from typing import TYPE_CHECKING, Final, Literal
 
 from octavo.models.spec import DecoderSpec
 
-Transform = Callable[[torch.Tensor, DecoderSpec], torch.Tensor | tuple[torch.Tensor, ...]]
+if TYPE_CHECKING:  # whoever only wants to know a model's config or tokenizer loads no torch
+    import torch
+
+    Transform = Callable[[torch.Tensor, DecoderSpec], torch.Tensor | tuple[torch.Tensor, ...]]
+else:
+    Transform = Callable
 
 _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 
@@ -51,7 +54,7 @@ class Name:
         patterns = (self.target,) if isinstance(self.target, str) else self.target
         return patterns if layer is None else tuple(p.replace("{i}", str(layer)) for p in patterns)
 
-    def apply(self, tensor: torch.Tensor, spec: DecoderSpec) -> tuple[torch.Tensor, ...]:
+    def apply(self, tensor: "torch.Tensor", spec: DecoderSpec) -> "tuple[torch.Tensor, ...]":
         """The parameters that a stored tensor holds, in the order of ``targets``."""
         if self.transform is None:
             return (tensor,)

@@ -7,7 +7,6 @@ work is lost; a tensor is read when it is asked for, through a memory map, and n
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,8 +18,9 @@ import torch
 from octavo.errors import ModelError
 from octavo.models import gguf_names
 from octavo.models.gguf import GgufFile
+from octavo.models.gguf_blocks import read_tensor
 from octavo.models.names import IGNORED, Name, match
-from octavo.models.source import ModelSource
+from octavo.models.source import ModelSource, read_json
 from octavo.models.spec import DecoderSpec
 
 # A checkpoint: tensor name -> a function that reads it. The order is that of the files.
@@ -110,17 +110,6 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / shard for shard in shards]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ModelError names the file and the reason."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}.", "model") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} must hold a JSON object, it holds a {type(found).__name__}.", "model")
-    return found
-
-
 def _merge(parts: Iterable[Checkpoint]) -> Checkpoint:
     merged: Checkpoint = {}
     for part in parts:
@@ -184,14 +173,14 @@ def _gguf(path: Path, spec: DecoderSpec, dtype: torch.dtype) -> Checkpoint:
     found: Checkpoint = {}
 
     def read(name: str, entry: Name) -> torch.Tensor:
-        return entry.apply(file.read(name, dtype), spec)[0]
+        return entry.apply(read_tensor(file, name, dtype), spec)[0]
 
     for name in file.tensors:
         claim = match(name, table, gguf_names.IGNORED)
         if claim is IGNORED:
             continue
         if claim is None:  # keeps its name, so that it ends among the left-over ones
-            found[name] = functools.partial(file.read, name, dtype)
+            found[name] = functools.partial(read_tensor, file, name, dtype)
         else:
             entry, layer = claim
             found[entry.targets(layer)[0]] = functools.partial(read, name, entry)

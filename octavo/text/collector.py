@@ -12,16 +12,20 @@ when it has ended. With best_of greater than n such a request also needs the log
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from octavo.errors import RequestError
 from octavo.log import get_logger
 from octavo.messages import SequenceEnd, StepOutput, TokenLogprobs
 from octavo.outputs import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestOutput
 from octavo.params import SamplingParams
+from octavo.text.deltas import Delta, Step
 from octavo.text.detokenizer import Detokenizer
 from octavo.text.vocabulary import Tokenizer
 
 logger = get_logger(__name__)
+
+View = Literal["final", "snapshots", "deltas"]
 
 
 @dataclass(slots=True)
@@ -30,12 +34,14 @@ class Update:
 
     Attributes:
         outputs: final outputs, and snapshots of changed requests that asked for them; each request at most once.
+        steps: (request id, what is new) of changed requests that asked for deltas; these appear in no outputs.
         aborts: request ids that the engine may drop: every continuation was cut by a stop string.
         aborted_sequences: (request id, index) of continuations that were cut while siblings go on. Tokens that still
             come for them are ignored.
     """
 
     outputs: list[RequestOutput] = field(default_factory=list)
+    steps: list[tuple[str, Step]] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
     aborted_sequences: list[tuple[str, int]] = field(default_factory=list)
 
@@ -50,6 +56,7 @@ class _Sequence:
     cumulative: float | None = 0.0
     reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    told: bool = False  # the end has been given out as a Delta
 
 
 @dataclass(slots=True)
@@ -59,18 +66,24 @@ class _Request:
     prompt_ids: Sequence[int]
     params: SamplingParams
     tokenizer: Tokenizer | None
-    snapshots: bool
+    view: View
     sequences: list[_Sequence]
     prompt_logprobs: list[PositionLogprobs | None] | None
     open: int  # sequences without an end
     cut: list[int] = field(default_factory=list)  # those that were ended here, not by the engine
     num_cached: int = 0
     error: str | None = None
+    begun: bool = False  # a Step has been given out
 
     @property
     def ranked(self) -> bool:
         """More sequences are computed than returned, and the choice is made here."""
         return self.params.width > self.params.n and not self.params.use_beam_search
+
+    @property
+    def late(self) -> bool:
+        """What is returned is known at the end only."""
+        return self.params.use_beam_search or self.params.width > self.params.n
 
 
 class Collector:
@@ -86,13 +99,14 @@ class Collector:
         return request_id in self._requests
 
     def add(self, request_id: str, prompt: str | None, prompt_ids: Sequence[int], params: SamplingParams,
-            tokenizer: Tokenizer | None, snapshots: bool = False) -> None:
+            tokenizer: Tokenizer | None, view: View = "final") -> None:
         """Expect the outputs of a request.
 
         Args:
             tokenizer: None makes no text; params.detokenize off does the same.
-            snapshots: put the state so far into every Update that changes it (needs ``EngineRequest.stream``). Beam
-                search and best_of greater than n have none: what is returned is known at the end only.
+            view: "final" gives one output at the end; "snapshots" also the state so far with every Update that changes
+                it; "deltas" gives Steps instead of outputs. The latter two need ``EngineRequest.stream``. Beam search
+                and best_of greater than n say nothing before the end: what is returned is known only then.
 
         Raises:
             RequestError: the id is that of an unfinished request.
@@ -100,8 +114,7 @@ class Collector:
         if request_id in self._requests:
             raise RequestError(f"request_id {request_id!r:.200} is in use.", "request_id")
         self._requests[request_id] = _Request(
-            request_id, prompt, prompt_ids, params, tokenizer if params.detokenize else None,
-            snapshots and not params.use_beam_search and params.width == params.n,
+            request_id, prompt, prompt_ids, params, tokenizer if params.detokenize else None, view,
             [_Sequence(index) for index in range(params.width)],
             None if params.prompt_logprobs is None else [None], params.width)
 
@@ -179,13 +192,20 @@ class Collector:
                 _fail(request, "the engine finished the request without a result")
         if done or not request.open:
             del self._requests[request.request_id]
-            update.outputs.append(_output(request, finished=True))
+            if request.view == "deltas":
+                update.steps.append((request.request_id, _step(request, finished=True)))
+            else:
+                update.outputs.append(_output(request, finished=True))
             if not done and request.cut:
                 update.aborts.append(request.request_id)
             return
         update.aborted_sequences += [(request.request_id, index) for index in request.cut]
         request.cut.clear()
-        if request.snapshots:
+        if request.view == "final" or request.late:
+            return
+        if request.view == "deltas":
+            update.steps.append((request.request_id, _step(request, finished=False)))
+        else:
             update.outputs.append(_output(request, finished=False))
 
 
@@ -286,18 +306,42 @@ def _position(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> PositionLogp
     return found
 
 
-def _output(request: _Request, finished: bool) -> RequestOutput:
-    params, sequences = request.params, request.sequences
+def _returned(request: _Request) -> list[_Sequence]:
+    """The n continuations that the caller gets, in order."""
+    sequences = request.sequences
     if request.ranked:
         best = sorted(sequences, key=lambda s: -math.inf if s.cumulative is None else s.cumulative, reverse=True)
         # An unfinished or failed continuation never displaces one that has a result.
         sequences = sorted(best, key=lambda s: s.reason in ("abort", "error"))
+    return sequences[: request.params.n]
+
+
+def _step(request: _Request, finished: bool) -> Step:
+    """Take what is new out of the request: nothing is given out twice, and nothing is kept for long."""
+    deltas = []
+    for index, sequence in enumerate(_returned(request)):
+        if sequence.told or not (sequence.token_ids or sequence.text or sequence.reason):
+            continue
+        logprobs = sequence.logprobs if request.params.logprobs is not None else None
+        deltas.append(Delta(index, sequence.text, sequence.token_ids, logprobs, sequence.reason, sequence.stop_reason))
+        sequence.text, sequence.token_ids, sequence.logprobs = "", [], []
+        sequence.told = sequence.reason is not None
+    step = Step(deltas, finished, error=request.error)
+    if not request.begun:
+        request.begun, step.num_cached_tokens = True, request.num_cached
+    if request.prompt_logprobs is not None and (finished or len(request.prompt_logprobs) == len(request.prompt_ids)):
+        step.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+    return step
+
+
+def _output(request: _Request, finished: bool) -> RequestOutput:
+    params = request.params
     shows = params.logprobs is not None or params.use_beam_search or request.ranked
     outputs = [
         CompletionOutput(
             index, s.text, list(s.token_ids), s.cumulative if shows else None,
             list(s.logprobs) if params.logprobs is not None else None, s.reason, s.stop_reason)
-        for index, s in enumerate(sequences[: params.n])
+        for index, s in enumerate(_returned(request))
     ]
     prompt_logprobs = None if request.prompt_logprobs is None else list(request.prompt_logprobs)
     return RequestOutput(

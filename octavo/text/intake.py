@@ -13,9 +13,10 @@ from typing import Any
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, RequestError
-from octavo.messages import EngineRequest
+from octavo.messages import EngineRequest, Grammar
 from octavo.models.source import ModelSource
-from octavo.params import SamplingParams
+from octavo.params import SamplingParams, StructuredOutputsParams
+from octavo.text.grammar import check
 from octavo.text.vocabulary import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -60,7 +61,8 @@ class Intake:
             arrival: monotonic seconds, default now.
 
         Raises:
-            RequestError: the prompt has no form that is known, or text meets a model without tokenizer.
+            RequestError: the prompt has no form that is known, structured_outputs cannot be compiled, or text meets a model
+                without tokenizer.
         """
         _check_kinds(request_id, params, priority, cache_salt, arrival)
         text, ids = self._read(prompt)
@@ -69,7 +71,8 @@ class Intake:
         request = EngineRequest(
             request_id=request_id, prompt_token_ids=ids, params=params, eos_token_ids=self.eos_token_ids,
             bad_word_ids=self._bad_words(params.bad_words), stream=stream or bool(params.stop), priority=priority,
-            arrival=time.monotonic() if arrival is None else arrival, cache_salt=cache_salt)
+            arrival=time.monotonic() if arrival is None else arrival, cache_salt=cache_salt,
+            grammar=self._grammar(params.structured_outputs))
         return Prepared(request, text)
 
     def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -93,6 +96,13 @@ class Intake:
         if self.tokenizer is None:
             raise RequestError(f"prompt must be token ids with skip_tokenizer_init, got the text {text!r:.200}.", "prompt")
         return self.tokenizer.encode(text)
+
+    def _grammar(self, wanted: StructuredOutputsParams | None) -> Grammar | None:
+        if wanted is None:
+            return None
+        if self.tokenizer is None:
+            raise RequestError("structured_outputs needs a tokenizer, got one with skip_tokenizer_init.", "structured_outputs")
+        return check(wanted, self.tokenizer, "structured_outputs", self.eos_token_ids)
 
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Ids of each word at the start of a text and after a space: tokenizers write these differently."""

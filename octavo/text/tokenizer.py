@@ -2,7 +2,7 @@
 
 Owns where a tokenizer comes from (the model's folder or GGUF file, another folder, the hub) and which end tokens join
 it; it does not know how it works: that is ``Tokenizer``, which is offered here too. Invariant: whatever goes wrong is a
-ModelError that names the place. The reader of GGUF files brings torch with it, vocabulary.py does without.
+ModelError that names the place. No torch is loaded: the server's front has no use for it.
 """
 
 from dataclasses import replace

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from octavo.errors import RequestError
 from octavo.text.controls import Controls
 from octavo.text.facts import TokenizerFacts
-from octavo.text.pieces import Pieces, TextStream
+from octavo.text.pieces import Kind, Pieces, TextStream
 from octavo.text.plain import Plain
 
 
@@ -123,6 +123,19 @@ class Tokenizer:
         if text is None:
             text = self._texts[token] = self._pieces.make(token).decode("utf-8", "replace")
         return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of ``token_text``, which need not be whole characters."""
+        return self._pieces.all[token]
+
+    def pieces(self) -> list[bytes]:
+        """The bytes of every id from 0 to vocab_size - 1 as they stand in a text, control tokens as they are written."""
+        return [self._pieces.make(token) for token in range(self.vocab_size)]
+
+    @property
+    def kind(self) -> Kind:
+        """How pieces make a text: "bytes" and "spaces" (SentencePiece) join them, "other" does something else."""
+        return self._pieces.kind
 
     def id_to_piece(self, token: int) -> str:
         """The vocabulary's own spelling of an id, "" for an unused one; RequestError beyond the vocabulary."""

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.config import EngineConfig
-from octavo.errors import ConfigError, EngineDead
+from octavo.errors import ConfigError, DeviceLost
 from octavo.layers.workspace import Arena
 from octavo.log import get_logger
 from octavo.models import registry
 from octavo.models.decoder import Decoder
 from octavo.models.loader import load_model
 from octavo.models.source import ModelSource
-from octavo.plan import GroupInfo, Int32, StepPlan
+from octavo.plan import Constraint, GroupInfo, Int32, StepPlan
 from octavo.worker import staging
 from octavo.worker.attention_sizes import attention_sizes
 from octavo.worker.cuda_sampler import CudaSampler
@@ -85,7 +85,7 @@ class CudaRunner:
             self._hidden = self._arena.take((m.max_num_batched_tokens, spec.hidden), act)
             self._gathered = torch.empty((m.max_num_seqs, spec.hidden), dtype=act, device=device)
             self._logits = torch.empty((m.max_num_seqs, spec.vocab_size), dtype=torch.float32, device=device)
-            self._edits = LogitEdits(self.tables, spec.vocab_size, device)
+            self._edits = LogitEdits(self.tables, spec.vocab_size, device, gpu.pinned)
             self._sampler = CudaSampler(
                 self.tables, self._edits, self._rows, gpu, processed=config.logprobs_mode == "processed_logprobs")
             self._host = gpu.host_pool((*shape[:2], m.num_host_blocks, *shape[3:]), m.kv_dtype)
@@ -107,9 +107,11 @@ class CudaRunner:
             vocab_size=spec.vocab_size, device="cuda",
         )
 
-    def set_processors(self, row: int, generation: int, processors: Sequence[Processor]) -> None:
-        """Register logits processors before the plan that starts the row with this generation."""
-        self._edits.set_processors(row, generation, processors)
+    def set_processors(
+        self, row: int, generation: int, processors: Sequence[Processor], constraint: Constraint | None = None
+    ) -> None:
+        """Register what the host has for a row before the plan that starts it with this generation."""
+        self._edits.set_processors(row, generation, processors, constraint)
 
     def submit(self, plan: StepPlan) -> DevicePending:
         """Launch one step. What goes wrong while it computes is raised by the pending's ``result``.
@@ -155,12 +157,12 @@ class CudaRunner:
         """Wait for the end of the step that uses a slot.
 
         Raises:
-            EngineDead: the device's context is lost.
+            DeviceLost: the device's context is lost.
         """
         try:
             self._events[slot].synchronize()
         except torch.AcceleratorError as error:
-            raise EngineDead(f"the GPU's context is lost: {error}") from error
+            raise DeviceLost(f"the GPU's context is lost: {error}") from error
 
     def done(self, slot: int) -> bool:
         """Whether it has ended."""
@@ -177,7 +179,7 @@ class CudaRunner:
         try:
             self._launch(plan, rows, pending)
         except torch.AcceleratorError as error:
-            raise EngineDead(f"the GPU's context is lost: {error}") from error
+            raise DeviceLost(f"the GPU's context is lost: {error}") from error
         except Exception as error:
             pending.error = error
             self._pass_over(plan, rows)
@@ -202,6 +204,7 @@ class CudaRunner:
         if self._sampler.asks(sampling):
             if pending.before is not None and self._edits.needs_output(sampling):
                 pending.before.settle()
+            self._edits.begin(sampling)
             pending.finish = self._sampler.sample(plan, self._some_logits(num))
             return
         in_order = num == num_tokens and bool((plan.sample_from == np.arange(num)).all())

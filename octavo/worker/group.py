@@ -10,11 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from octavo.config import EngineConfig
 from octavo.models.source import ModelSource
-from octavo.plan import GroupInfo, StepPlan, StepResult
+from octavo.plan import Constraint, GroupInfo, StepPlan, StepResult
 from octavo.worker.cuda_runner import CudaRunner
 from octavo.worker.gpu import check_gpu
 from octavo.worker.logit_edits import Processor
-from octavo.worker.memory import resolve_device
+from octavo.worker.memory import SERVING, resolve_device
 from octavo.worker.pending import DevicePending
 from octavo.worker.runner import ModelRunner, check_cpu
 
@@ -72,13 +72,15 @@ class LocalGroup:
             future.set_exception(error)
         return Pending(future)
 
-    def set_processors(self, row: int, generation: int, processors: Sequence[Processor]) -> None:
-        """Register logits processors for a row; call it before submitting the plan that starts the row."""
+    def set_processors(
+        self, row: int, generation: int, processors: Sequence[Processor], constraint: Constraint | None = None
+    ) -> None:
+        """Register what the host has for a row; call it before submitting the plan that starts the row."""
         self._check_open()
         if self._thread is None:
-            self.runner.set_processors(row, generation, processors)
+            self.runner.set_processors(row, generation, processors, constraint)
         else:  # in order, without waiting: a registration that fails is found by the plan that starts the row
-            self._thread.submit(self.runner.set_processors, row, generation, processors)
+            self._thread.submit(self.runner.set_processors, row, generation, processors, constraint)
 
     def close(self) -> None:
         """Wait for what was submitted and refuse more. Closing twice is allowed."""
@@ -112,10 +114,12 @@ class GpuGroup:
         self._check_open()
         return self.runner.submit(plan)
 
-    def set_processors(self, row: int, generation: int, processors: Sequence[Processor]) -> None:
-        """Register logits processors for a row; call it before submitting the plan that starts the row."""
+    def set_processors(
+        self, row: int, generation: int, processors: Sequence[Processor], constraint: Constraint | None = None
+    ) -> None:
+        """Register what the host has for a row; call it before submitting the plan that starts the row."""
         self._check_open()
-        self.runner.set_processors(row, generation, processors)
+        self.runner.set_processors(row, generation, processors, constraint)
 
     def close(self) -> None:
         """Wait for what was submitted and refuse more. Closing twice is allowed."""
@@ -137,6 +141,17 @@ def check_supported(config: EngineConfig) -> None:
         check_gpu(config)
     else:
         check_cpu(config)
+
+
+def for_serving(config: EngineConfig) -> EngineConfig:
+    """The options with the defaults of a server, which on a GPU runs fewer rows and shorter steps than a batch."""
+    if resolve_device(config) != "cuda":
+        return config
+    rows, tokens = SERVING
+    rows = config.max_num_seqs or min(rows, config.max_num_batched_tokens or rows)
+    if config.max_num_batched_tokens is None and config.enable_chunked_prefill:
+        config = config.replace(max_num_batched_tokens=max(rows, tokens))
+    return config.replace(max_num_seqs=rows)
 
 
 def make_group(config: EngineConfig, source: ModelSource) -> Group:

@@ -2,8 +2,8 @@
 
 Owns bias, allowed ids, bad words, the mask of end tokens below min_tokens, logits processors and the counters behind
 penalties; it does not sample and does not know temperature. Only rows that ask cost anything: they are found once, when
-they start. Order: bias, allowed, bad words, min_tokens, then processors, then penalties. Invariant: an edit reads and
-writes its own row of logits only, so a processor that raises spoils its own row and no other.
+they start. Order: constraints, bias, allowed, bad words, min_tokens, then processors, then penalties. Invariant: an edit reads
+and writes its own row of logits only, so a processor or a constraint that fails spoils its own row and no other.
 """
 
 import heapq
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.log import get_logger
-from octavo.plan import NewRow, RowSampling, StepPlan
+from octavo.plan import Constraint, Int32, NewRow, RowSampling, StepPlan
+from octavo.worker.masks import HostMemory, Masks, restrict, words_of
 from octavo.worker.tables import Index, Tables
 
 Processor = Callable[[list[int], Tensor], Tensor]
@@ -29,13 +30,15 @@ class RowEdits:
 
     Args:
         generation: the row's owner. sampling: how it samples. processors: its logits processors. device: of the logits.
+        constraint: what decides which tokens may follow; allowed, bad words and min_tokens are then its part, on the host.
 
     Attributes:
         needs_output: an edit depends on which tokens the row has generated, not only on how many.
     """
 
     def __init__(
-        self, generation: int, sampling: RowSampling, processors: Sequence[Processor], device: str = "cpu"
+        self, generation: int, sampling: RowSampling, processors: Sequence[Processor], device: str = "cpu",
+        constraint: Constraint | None = None,
     ) -> None:
         def ids(values: Sequence[int]) -> Tensor:
             return there(np.array(values, np.int64), device)
@@ -49,7 +52,9 @@ class RowEdits:
         self.min_tokens = sampling.min_tokens
         self.stop_ids = ids(sampling.stop_ids)
         self.processors = tuple(processors)
-        self.needs_output = bool(self.bad_words or self.processors)
+        self.constraint = constraint
+        self.needs_output = bool(self.bad_words or self.processors or constraint)
+        self._host = sampling if constraint else None
 
     @staticmethod
     def asked(sampling: RowSampling) -> bool:
@@ -59,13 +64,36 @@ class RowEdits:
             or sampling.allowed is not None
             or sampling.bad_words
             or sampling.processors
+            or sampling.constrained
             or (sampling.min_tokens and sampling.stop_ids)
         )
+
+    def fill(self, output: Int32, words: Int32) -> bool:
+        """Which tokens the constraint lets follow ``output``, less those that other wishes rule out while some are left."""
+        assert self.constraint is not None and self._host is not None
+        if not self.constraint(output, words):
+            return False
+        s = self._host
+        out = [w[-1] for w in s.bad_words if len(w) == 1 or output[1 - len(w) :].tolist() == list(w[:-1])]
+        if len(output) < s.min_tokens:
+            out += s.stop_ids
+        restrict(words, None if s.allowed is None else words_of(s.allowed, len(words)), out)
+        return True
+
+    @property
+    def plain(self) -> bool:
+        """A constraint is all that the row asks for."""
+        return self.constraint is not None and not self.bias_ids.numel() and not self.processors
 
     def apply(self, logits: Tensor, output: npt.NDArray[np.int32]) -> bool:
         """Edit ``logits`` [vocab] in place; ``output`` is what the row has generated. False: a processor failed."""
         if self.bias_ids.numel():
             logits.index_add_(0, self.bias_ids, self.bias_values)
+        if self.constraint is None:
+            self._mask(logits, output)
+        return self._process(logits, output) if self.processors else True
+
+    def _mask(self, logits: Tensor, output: npt.NDArray[np.int32]) -> None:
         if self.allowed is not None:
             kept = logits[self.allowed]
             logits.fill_(-torch.inf)
@@ -77,7 +105,6 @@ class RowEdits:
                 logits[last] = -torch.inf
         if len(output) < self.min_tokens:
             logits.index_fill_(0, self.stop_ids, -torch.inf)
-        return self._process(logits, output) if self.processors else True
 
     def _process(self, logits: Tensor, output: npt.NDArray[np.int32]) -> bool:
         ids = output.tolist()
@@ -174,24 +201,28 @@ class LogitEdits:
     """All edits of a device's rows.
 
     Args:
-        tables: whose rows they are. vocab_size: of the logits. device: where logits are.
+        tables: whose rows they are. vocab_size: of the logits. device: where logits are. host: makes host memory that is
+            quick to copy there.
     """
 
-    def __init__(self, tables: Tables, vocab_size: int, device: str = "cpu") -> None:
+    def __init__(self, tables: Tables, vocab_size: int, device: str = "cpu", host: HostMemory | None = None) -> None:
         self._tables, self._device = tables, device
         self._rows: dict[int, RowEdits] = {}
         self._asking = np.zeros(tables.num_rows, np.bool_)
-        self._processors: dict[int, dict[int, Sequence[Processor]]] = {}
+        self._given: dict[int, dict[int, tuple[Sequence[Processor], Constraint | None]]] = {}
+        self._masks = Masks(vocab_size, device, host)
         self.pool = PenaltyPool(tables.num_rows, vocab_size, device)
 
-    def set_processors(self, row: int, generation: int, processors: Sequence[Processor]) -> None:
-        """Register the logits processors of a row that a later plan starts with this generation."""
-        if not 0 <= row < self._tables.num_rows or not processors:
+    def set_processors(
+        self, row: int, generation: int, processors: Sequence[Processor], constraint: Constraint | None = None
+    ) -> None:
+        """Register what the host has for a row that a later plan starts with this generation."""
+        if not 0 <= row < self._tables.num_rows or not (processors or constraint):
             raise RuntimeError(f"row {row} of {self._tables.num_rows} cannot have {len(processors)} processors.")
         # a registration whose row never started is forgotten here: only the owner of now may still need its own
         owner = int(self._tables.generation[row])
-        kept = {g: p for g, p in self._processors.get(row, {}).items() if g == owner}
-        self._processors[row] = {**kept, generation: tuple(processors)}
+        kept = {g: p for g, p in self._given.get(row, {}).items() if g == owner}
+        self._given[row] = {**kept, generation: (tuple(processors), constraint)}
 
     def apply(self, plan: StepPlan) -> None:
         """Follow a plan that the tables have just applied: rows that ended, rows that start, forced tokens."""
@@ -212,6 +243,17 @@ class LogitEdits:
         """Whether an edit of ``rows`` reads the tokens that they have generated."""
         return any(self._rows[row].needs_output for row in rows[self._asking[rows]].tolist())
 
+    def begin(self, rows: Index) -> None:
+        """Let threads find out what the constrained among ``rows`` may sample; the next ``edit`` is of the same rows.
+
+        Their tokens must be known here. Call it before or after launching what the logits are made by, then ``edit``.
+        """
+        asking = rows[self._asking[rows]].tolist() if self._rows else []
+        edits = [(i, self._rows[row]) for i, row in enumerate(rows.tolist()) if row in self._rows] if asking else []
+        self._masks.begin(
+            [i for i, row_edits in edits if row_edits.constraint],
+            [(row_edits.fill, self._tables.output(int(rows[i]))) for i, row_edits in edits if row_edits.constraint])
+
     def edit(self, rows: Index, logits: Tensor) -> Tensor:
         """Edit logits [S, vocab] of the sampling ``rows`` in place.
 
@@ -220,9 +262,13 @@ class LogitEdits:
         """
         spoiled = torch.zeros(len(rows), dtype=torch.bool, device=self._device)
         failed = np.zeros(len(rows), np.bool_)
+        self._masks.apply(logits, spoiled, failed)
         for i in np.flatnonzero(self._asking[rows]).tolist():  # row by row: a copy of all logits would not be in the memory plan
-            spoiled[i] = logits[i].isnan().any()
-            failed[i] = not self._rows[int(rows[i])].apply(logits[i], self._tables.output(int(rows[i])))
+            edits = self._rows[int(rows[i])]
+            if edits.plain or failed[i]:
+                continue
+            spoiled[i] |= logits[i].isnan().any()
+            failed[i] = not edits.apply(logits[i], self._tables.output(int(rows[i])))
         if failed.any():
             spoiled |= there(failed, self._device)
         slots = self.pool.slots[rows]
@@ -248,21 +294,22 @@ class LogitEdits:
     def _end(self, row: int) -> None:
         if self._asking[row]:
             self._asking[row] = False
-            owned = self._processors.get(row, {})
+            owned = self._given.get(row, {})
             owned.pop(self._rows.pop(row).generation, None)
             if not owned:
-                self._processors.pop(row, None)
+                self._given.pop(row, None)
         self.pool.end(row)
 
     def _start(self, new: NewRow) -> None:
         s = new.sampling
         if RowEdits.asked(s):
-            processors = self._processors.get(new.row, {}).get(new.generation, ()) if s.processors else ()
-            if s.processors and not processors:
+            hosted = s.processors or s.constrained
+            processors, constraint = self._given.get(new.row, {}).get(new.generation, ((), None)) if hosted else ((), None)
+            if bool(processors) != s.processors or (constraint is not None) != s.constrained:
                 raise RuntimeError(
                     f"row {new.row} starts with generation {new.generation} and processors, none registered."
                 )
-            self._rows[new.row] = RowEdits(new.generation, s, processors, self._device)
+            self._rows[new.row] = RowEdits(new.generation, s, processors, self._device, constraint)
             self._asking[new.row] = True
         if s.repetition != 1.0 or s.frequency != 0.0 or s.presence != 0.0:
             tokens = np.asarray(new.tokens)

@@ -44,6 +44,7 @@ DTYPES = {
 }
 FP8 = ("fp8", "fp8_e4m3")
 DEFAULTS = {"cpu": (64, 2048), "cuda": (1024, 16384)}  # max_num_seqs, max_num_batched_tokens
+SERVING = (256, 8192)  # the same for a server on a GPU: people wait for its next token
 
 
 @dataclass(frozen=True, slots=True)

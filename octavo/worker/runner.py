@@ -25,7 +25,7 @@ from octavo.models import registry
 from octavo.models.decoder import Decoder
 from octavo.models.loader import load_model
 from octavo.models.source import ModelSource
-from octavo.plan import GroupInfo, StepPlan, StepResult
+from octavo.plan import Constraint, GroupInfo, StepPlan, StepResult
 from octavo.worker.batch import build
 from octavo.worker.logit_edits import LogitEdits, Processor
 from octavo.worker.machine import machine_memory
@@ -87,9 +87,11 @@ class ModelRunner:
             device="cpu",
         )
 
-    def set_processors(self, row: int, generation: int, processors: Sequence[Processor]) -> None:
-        """Register logits processors before the plan that starts the row with this generation."""
-        self._edits.set_processors(row, generation, processors)
+    def set_processors(
+        self, row: int, generation: int, processors: Sequence[Processor], constraint: Constraint | None = None
+    ) -> None:
+        """Register what the host has for a row before the plan that starts it with this generation."""
+        self._edits.set_processors(row, generation, processors, constraint)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -102,6 +104,7 @@ class ModelRunner:
         result = StepResult(epoch=plan.epoch, step=plan.step)
         self.tables.apply(plan)
         self._edits.apply(plan)
+        self._edits.begin(plan.sample_rows.astype(np.intp))
         result.swap_seconds = self._move(plan)
         if plan.rows.size:
             started = time.perf_counter()

@@ -12,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 VOCAB = 211
 
 
-def save_tiny(folder: Path, *, seed: int = 0, max_len: int = 512) -> Path:
+def save_tiny(folder: Path, *, seed: int = 0, max_len: int = 512, vocab: int = VOCAB) -> Path:
     """A Llama with 5 query heads on 1 KV head whose logits are far from flat."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=40,
         intermediate_size=72,
         num_hidden_layers=3,

@@ -138,3 +138,18 @@ def test_prompt_logprobs_go_on_when_the_first_of_several_continuations_is_aborte
     assert bench.engine.abort("a", 0)
     bench.run()
     assert len(bench.prompt_logprobs["a"]) == 23
+
+
+def test_siblings_fork_from_a_prompt_whose_last_chunk_but_one_has_failed_meanwhile():
+    """The step that forks them was planned on top of the failed one; all end, and their blocks are not found again."""
+    bench = Bench(overlap=True, long_prefill_token_threshold=8)
+    bench.faults = True
+    bench.group.fail = lambda step: "result" if step == 1 else None
+    tokens = list(range(6, 30))
+    bench.add("a", tokens, n=3, temperature=1.0, seed=1, max_tokens=4, eos=())
+    bench.run()
+    assert {index: end.reason for (_, index), end in bench.ends.items()} == dict.fromkeys(range(3), "error")
+    bench.add("b", tokens, n=3, temperature=1.0, seed=1, max_tokens=4, eos=())
+    bench.run()
+    bench.assert_reference()
+    assert bench.started["b"] == 8 and bench.ends["b", 2].reason == "length"

@@ -197,3 +197,46 @@ def test_prompt_logprobs_that_were_sent_before_a_preemption_are_not_sent_again()
     assert len(bench.prompt_logprobs["a"]) == 39
     for i, mark in enumerate(bench.prompt_logprobs["a"], 1):
         check_mark(mark, tokens[:i], tokens[i], 1)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_prompt_logprobs_of_a_request_whose_first_continuation_is_aborted_do_not_read_the_cache(overlap):
+    """The next one scores the prompt in its place; it began behind a cached prefix once, whose positions were never scored."""
+    bench = Bench(blocks=10, host_blocks=20, budget=200, rows=1, max_model_len=72, overlap=overlap,
+                  enable_chunked_prefill=False, scheduling_policy="priority")
+    family = prompt(2, 29)
+    bench.add("warm", family, max_tokens=1)
+    bench.run()
+    bench.add("a", family[:19], n=4, max_tokens=1, prompt_logprobs=1, priority=1)
+    bench.engine.abort("a", 4)  # there is none, but all four wait from now on
+    bench.add("first", prompt(3, 33), max_tokens=1, priority=-1)
+    bench.step()
+    bench.engine.abort("a", 0)
+    bench.run()
+    assert bench.started == {"warm": 0, "first": 0, "a": 0} and len(bench.prompt_logprobs["a"]) == 18
+    bench.assert_reference()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 6])
+@pytest.mark.parametrize("threshold", [0, 8])
+@pytest.mark.parametrize("waiting", [False, True])
+def test_prompt_logprobs_are_whole_whenever_continuations_are_aborted(overlap, rows, threshold, waiting):
+    """Also with the step under way that computes the prompt's end for all, and with siblings that wait beside a chunk."""
+    tokens = prompt(2, 21)
+    for first in range(6):
+        for second in range(first, 7):
+            bench = Bench(rows=rows, overlap=overlap, long_prefill_token_threshold=threshold)
+            bench.add("a", tokens, n=4, max_tokens=4, eos=(), temperature=1.0, seed=1, prompt_logprobs=1)
+            if waiting:
+                bench.engine.abort("a", 3)
+            for step in range(8):
+                if step == first:
+                    bench.engine.abort("a", 0)
+                if step == second:
+                    bench.engine.abort("a", 1)
+                if bench.engine.has_work():
+                    bench.step()
+            bench.run()
+            bench.assert_reference()
+            assert bench.ends["a", 2].reason == "length" and len(bench.prompt_logprobs["a"]) == 20

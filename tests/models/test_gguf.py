@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.errors import ModelError
-from octavo.models.gguf import BLOCKS, PLAIN, GgufFile, dequantize
+from octavo.models.gguf import BLOCKS, GgufFile
+from octavo.models.gguf_blocks import PLAIN, dequantize, read_tensor
 
 QUANTISED = [kind for kind in BLOCKS if kind not in PLAIN]
 HALVES = {  # where a block keeps its float16 scales
@@ -86,7 +87,7 @@ def test_pieces_of_any_size_give_the_same(kind: str, monkeypatch: pytest.MonkeyP
     raw = torch.from_numpy(random_blocks(kind, 37)).view(-1)
     whole = dequantize(raw, kind)
     for chunk in (1, 300, 4096):
-        monkeypatch.setattr("octavo.models.gguf.CHUNK", chunk)
+        monkeypatch.setattr("octavo.models.gguf_blocks.CHUNK", chunk)
         assert torch.equal(dequantize(raw, kind), whole)
 
 
@@ -157,7 +158,7 @@ def test_metadata_and_tensors_as_the_package_reads_them(sample: Path) -> None:
         assert info.type == t.tensor_type.name
         assert info.shape == tuple(int(n) for n in reversed(t.shape))
         assert (info.start, info.num_bytes) == (t.data_offset, t.n_bytes)
-        values = ours.read(t.name)
+        values = read_tensor(ours, t.name)
         assert values.shape == info.shape
         assert_same_bits(values.float(), their_dequantize(np.array(t.data), t.tensor_type))
 
@@ -165,19 +166,19 @@ def test_metadata_and_tensors_as_the_package_reads_them(sample: Path) -> None:
 def test_plain_types_come_as_they_are_stored_and_quantised_ones_as_asked(sample: Path) -> None:
     file = GgufFile(sample)
     for dtype in (torch.float32, torch.bfloat16):
-        assert [file.read(n.lower(), dtype).dtype for n in PLAIN] == [*PLAIN.values()]
-        assert file.read("q4_k", dtype).dtype == dtype
+        assert [read_tensor(file, n.lower(), dtype).dtype for n in PLAIN] == [*PLAIN.values()]
+        assert read_tensor(file, "q4_k", dtype).dtype == dtype
 
 
 def test_a_tensor_outlives_its_file(sample: Path) -> None:
-    tensor = GgufFile(sample).read("f32")
+    tensor = read_tensor(GgufFile(sample), "f32")
     sample.unlink()
     assert tensor.isfinite().all()
 
 
 def test_writing_to_a_tensor_does_not_write_to_the_file(sample: Path) -> None:
     before = sample.read_bytes()
-    GgufFile(sample).read("f32").fill_(9.0)
+    read_tensor(GgufFile(sample), "f32").fill_(9.0)
     assert sample.read_bytes() == before
 
 
@@ -191,7 +192,7 @@ def test_other_alignments(alignment: int, tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert GgufFile(tmp_path / "x.gguf").read("b").tolist() == [0, 1, 2, 3, 4]
+    assert read_tensor(GgufFile(tmp_path / "x.gguf"), "b").tolist() == [0, 1, 2, 3, 4]
 
 
 def test_cut_anywhere_it_is_a_model_error(sample: Path) -> None:
@@ -222,7 +223,7 @@ def test_any_damage_is_a_model_error_or_harmless(data: st.DataObject, tmp_path_f
         assert "x.gguf" in str(error)
         return
     for name in file.tensors:
-        file.read(name)
+        read_tensor(file, name)
 
 
 # Files made by hand
@@ -256,7 +257,7 @@ def test_both_versions(version: int, tmp_path: Path) -> None:
     path.write_bytes(by_hand([text("k") + struct.pack("<IB", 7, 1)], [GOOD], version=version))
     file = GgufFile(path)
     assert file.metadata == {"k": True}
-    assert file.read("t").tolist() == [0.0] * 4
+    assert read_tensor(file, "t").tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def test_an_alignment_of_one_is_legal(tmp_path: Path) -> None:
     head = head.rstrip(b"\0") + bytes(8)  # the offset ends in zeros, too: take them all off, then put its own back
     end = head.rindex(b"t") + 1 + struct.calcsize("<I") + 8 + 4 + 8
     path.write_bytes(head[:end] + b"\0" + struct.pack("<2f", 1.5, -2.5))
-    found = GgufFile(path).read("t")
+    found = read_tensor(GgufFile(path), "t")
     assert found.tolist() == [1.5, -2.5]
     assert found.data_ptr() % 4 == 0
 

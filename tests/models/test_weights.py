@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from octavo.errors import ModelError
-from octavo.models.source import ModelSource
+from octavo.models.source import ModelSource, read_json
 from octavo.models.spec import DecoderSpec, LayerSpec
-from octavo.models.weights import Checkpoint, dummy, open_checkpoint, read_json
+from octavo.models.weights import Checkpoint, dummy, open_checkpoint
 
 SPEC = DecoderSpec(
     family="x", vocab_size=8, embedding_rows=8, hidden=4, num_heads=2, num_kv_heads=1, head_dim=2, intermediate=8,

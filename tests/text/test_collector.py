@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from octavo.errors import RequestError
 from octavo.messages import SequenceEnd, StepOutput, TokenLogprobs
-from octavo.outputs import FinishReason, Logprob, RequestOutput
+from octavo.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
 from octavo.params import SamplingParams
-from octavo.text.collector import Collector, Update
+from octavo.text.collector import Collector, Update, View
+from octavo.text.deltas import Step
 from octavo.text.vocabulary import Tokenizer
 
 EOS = "</s>"
@@ -47,10 +50,10 @@ def letters(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def added(
-    tokenizer: Tokenizer | None, snapshots: bool = False, prompt_ids: tuple[int, ...] = (1, 2), **params: Any
+    tokenizer: Tokenizer | None, view: View = "final", prompt_ids: tuple[int, ...] = (1, 2), **params: Any
 ) -> Collector:
     collector = Collector()
-    collector.add("r", "the prompt", prompt_ids, SamplingParams(**params), tokenizer, snapshots)
+    collector.add("r", "the prompt", prompt_ids, SamplingParams(**params), tokenizer, view)
     return collector
 
 
@@ -150,7 +153,7 @@ def test_a_stop_string_cuts_everything(byte_level: Tokenizer, streams: bool, inc
 
 
 def test_one_of_three_stops_while_the_others_run(byte_level: Tokenizer) -> None:
-    collector = added(byte_level, n=3, stop=["!"], snapshots=True)
+    collector = added(byte_level, n=3, stop=["!"], view="snapshots")
     bang, other = byte_level.encode("!")[0], byte_level.encode("a")[0]
     update = collector.update(step({("r", 0): other, ("r", 1): bang, ("r", 2): other}))
     assert (update.aborts, update.aborted_sequences) == ([], [("r", 1)])
@@ -176,7 +179,7 @@ def test_the_engine_ends_a_sequence_in_the_step_that_cuts_it(byte_level: Tokeniz
 
 
 def test_held_back_text_comes_with_the_end(byte_level: Tokenizer) -> None:
-    collector = added(byte_level, stop=["STOP"], snapshots=True)
+    collector = added(byte_level, stop=["STOP"], view="snapshots")
     for token in letters(byte_level, "xST"):
         update = collector.update(step({("r", 0): token}))
         assert only(update).outputs[0].text == "x"
@@ -268,7 +271,7 @@ def test_best_of_returns_the_best_in_order(byte_level: Tokenizer) -> None:
 
 
 def test_best_of_never_shows_snapshots(byte_level: Tokenizer) -> None:
-    collector = added(byte_level, n=1, best_of=2, snapshots=True)
+    collector = added(byte_level, n=1, best_of=2, view="snapshots")
     assert collector.update(step({("r", 0): 5, ("r", 1): 6})).outputs == []
 
 
@@ -321,7 +324,7 @@ def test_a_failure_stays_within_its_request(byte_level: Tokenizer) -> None:
     collector = Collector()
     broken = Broken(byte_level.backend)
     for name, tokenizer in (("good", byte_level), ("bad", broken), ("whole", broken)):
-        collector.add(name, None, [1], SamplingParams(), tokenizer, snapshots=True)
+        collector.add(name, None, [1], SamplingParams(), tokenizer, view="snapshots")
     a = byte_level.encode("a")[0]
     update = collector.update(
         step({("bad", 0): a, ("good", 0): a}, [end(0, "length", "whole", token_ids=[a])], ("whole",))
@@ -374,7 +377,7 @@ def test_several_tokens_of_a_sequence_in_one_step(byte_level: Tokenizer) -> None
 
 
 def test_outputs_never_change_once_given(byte_level: Tokenizer) -> None:
-    collector = added(byte_level, snapshots=True, logprobs=0)
+    collector = added(byte_level, view="snapshots", logprobs=0)
     a = byte_level.encode("a")[0]
     first = only(collector.update(step({("r", 0): a}, logprobs={("r", 0): entry(a, -1.0)})))
     collector.update(step({("r", 0): a}, logprobs={("r", 0): entry(a, -1.0)}))
@@ -392,7 +395,7 @@ def test_every_request_leaves_one_final_output(byte_level: Tokenizer) -> None:
         if number < 200:
             name = str(number)
             params = SamplingParams(n=pseudo.randint(1, 3), stop=pseudo.choice([(), ("a",), ("ab", "c")]))
-            collector.add(name, None, [1], params, byte_level, snapshots=pseudo.random() < 0.5)
+            collector.add(name, None, [1], params, byte_level, view="snapshots" if pseudo.random() < 0.5 else "final")
             living[name] = dict.fromkeys(range(params.n), True)
             sizes[name] = params.n
         tokens, ends, finished = {}, [], []
@@ -417,3 +420,79 @@ def test_every_request_leaves_one_final_output(byte_level: Tokenizer) -> None:
             if name in living:
                 living[name][index] = False
     assert finals == dict.fromkeys(map(str, range(200)), 1) and len(collector) == 0
+
+
+def folded(steps: list[Step], n: int, request: RequestOutput) -> RequestOutput:
+    """What a reader of the Steps knows at the end."""
+    outputs = [CompletionOutput(index, "", []) for index in range(n)]
+    told = RequestOutput("r", request.prompt, request.prompt_token_ids, outputs=outputs)
+    for number, one in enumerate(steps):
+        assert len({delta.index for delta in one.deltas}) == len(one.deltas) and not told.finished
+        for delta in one.deltas:
+            output = outputs[delta.index]
+            assert output.finish_reason is None, "a Delta after the last one"
+            output.text += delta.text
+            output.token_ids += delta.token_ids
+            if delta.logprobs is not None:
+                assert len(delta.logprobs) == len(delta.token_ids)
+                output.logprobs = (output.logprobs or []) + delta.logprobs
+            output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
+        assert (one.num_cached_tokens is not None) == (number == 0)
+        told.num_cached_tokens += one.num_cached_tokens or 0
+        if one.prompt_logprobs is not None:
+            assert told.prompt_logprobs is None
+            told.prompt_logprobs = one.prompt_logprobs
+        told.finished, told.error = one.finished, one.error or told.error
+    return told
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_the_fold_of_the_steps_is_the_final_output(data: st.DataObject, byte_level: Tokenizer) -> None:
+    """Whatever the steps, the stop strings, the number of continuations, and how each of them ends."""
+    n, logprobs = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([None, 0, 1]))
+    params = {
+        "n": n, "stop": data.draw(st.sampled_from([(), ("ab",), ("b", "ca"), ("é🎉",)])), "logprobs": logprobs,
+        "include_stop_str_in_output": data.draw(st.booleans()), "prompt_logprobs": data.draw(st.sampled_from([None, 1])),
+        "max_tokens": 12, "stop_token_ids": [7], "skip_special_tokens": data.draw(st.booleans())}
+    pieces = [byte_level.encode(char)[0] for char in "abc "] + byte_level.encode("é🎉") + [byte_level.encode(EOS)[0], 7]
+    collectors = {view: added(byte_level, view, **params) for view in ("deltas", "final")}
+    scripts = [data.draw(st.lists(st.sampled_from(pieces), min_size=1, max_size=10)) for _ in range(n)]
+    ends = [data.draw(st.sampled_from(["stop", "length", "error"])) for _ in range(n)]
+    steps: list[Step] = []
+    final: list[RequestOutput] = []
+    gone: set[int] = set()
+    first = True
+    while not final:
+        out = StepOutput(started=[("r", 16)] if first else [])
+        if first and params["prompt_logprobs"] is not None:
+            out.prompt_logprobs = [("r", [entry(2, -1.0, ((5, -0.5),))])]
+        first, tokens = False, []
+        for index, script in enumerate(scripts):
+            if index in gone or data.draw(st.booleans()):
+                continue  # cut, over, or not in this step
+            take = data.draw(st.integers(1, 3))
+            now, scripts[index] = script[:take], script[take:]
+            for token in now:
+                out.streamed.append(("r", index))
+                tokens.append(token)
+                out.logprobs.append(None if logprobs is None else entry(token, -0.25))
+            if not scripts[index]:
+                gone.add(index)
+                stop_token = 7 if ends[index] == "stop" and now[-1] == 7 else None
+                error = "broken" if ends[index] == "error" else None
+                out.ended.append(end(index, ends[index], stop_token=stop_token, error=error))
+        out.tokens = np.array(tokens, np.int32)
+        out.finished = ["r"] if len(gone) == n else []
+        updates = {view: collector.update(out) for view, collector in collectors.items()}
+        assert updates["deltas"].outputs == [] and updates["final"].steps == []
+        assert updates["deltas"].aborts == updates["final"].aborts
+        steps += [one for _, one in updates["deltas"].steps]
+        final += updates["final"].outputs
+        gone |= {index for _, index in updates["deltas"].aborted_sequences}
+    told = folded(steps, n, final[0])
+    for output in final[0].outputs:
+        output.cumulative_logprob = None  # no part of a Step
+        output.logprobs = output.logprobs or None
+    assert told == final[0]
+    assert not any(map(len, collectors.values()))

@@ -11,7 +11,7 @@ from octavo.errors import ConfigError
 from octavo.models.source import ModelSource
 from octavo.plan import StepPlan, StepResult
 from octavo.worker import group as module
-from octavo.worker.group import GpuGroup, LocalGroup, check_supported, make_group
+from octavo.worker.group import GpuGroup, LocalGroup, check_supported, for_serving, make_group
 from octavo.worker.runner import ModelRunner
 
 CONFIG = EngineConfig(model="tiny", max_num_seqs=4, num_gpu_blocks_override=32, swap_space=0, block_size=8)
@@ -31,8 +31,8 @@ class Recorder:
             raise RuntimeError(f"step {plan.step} failed")
         return StepResult(epoch=plan.epoch, step=plan.step)
 
-    def set_processors(self, row, generation, fns):
-        self.seen.append((row, generation, fns))
+    def set_processors(self, row, generation, fns, constraint):
+        self.seen.append((row, generation, fns, constraint))
 
 
 def test_a_synchronous_group_has_finished_when_submit_returns():
@@ -51,9 +51,9 @@ def test_an_asynchronous_group_returns_before_the_step_has_run_and_keeps_the_ord
     pending = [group.submit(StepPlan(epoch=0, step=i)) for i in range(5)]
     assert runner.seen == [] and not any(p.done() for p in pending)
     threading.Timer(0.05, runner.gate.set).start()
-    group.set_processors(1, 2, ["f"])
+    group.set_processors(1, 2, ["f"], "c")
     assert [p.result().step for p in pending] == [0, 1, 2, 3, 4]
-    assert runner.seen == [0, 1, 2, 3, 4, (1, 2, ["f"])]
+    assert runner.seen == [0, 1, 2, 3, 4, (1, 2, ["f"], "c")]
     group.close()
 
 
@@ -135,8 +135,8 @@ class Gpu:
             raise RuntimeError(f"step {plan.step} contradicts the tables")
         return f"step {plan.step}, under way"
 
-    def set_processors(self, row, generation, fns):
-        self.asked.append((row, generation, fns))
+    def set_processors(self, row, generation, fns, constraint):
+        self.asked.append((row, generation, fns, constraint))
 
     def close(self):
         self.asked.append("close")
@@ -146,12 +146,12 @@ def test_the_group_of_a_gpu_launches_in_the_calling_thread():
     runner = Gpu()
     group = GpuGroup(CONFIG, SOURCE, runner=runner)
     assert group.asynchronous and group.info == "info" and group.runner is runner
-    group.set_processors(1, 2, ["f"])
+    group.set_processors(1, 2, ["f"], "c")
     assert group.submit(StepPlan(epoch=0, step=0)) == "step 0, under way"
     with pytest.raises(RuntimeError, match="step 1 contradicts"):  # nothing was launched: there is nothing to wait for
         group.submit(StepPlan(epoch=1, step=1))
     assert group.submit(StepPlan(epoch=0, step=2)) == "step 2, under way"
-    assert runner.asked == [(1, 2, ["f"]), 0, 1, 2]
+    assert runner.asked == [(1, 2, ["f"], "c"), 0, 1, 2]
 
 
 def test_a_closed_group_of_a_gpu_refuses_plans_and_closes_its_runner_once():
@@ -196,3 +196,16 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_loaded(monkeypatc
     for refuse in (lambda: check_supported(config), lambda: make_group(config, SOURCE)):
         with pytest.raises(ConfigError, match="device cuda needs a torch with CUDA"):
             refuse()
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, (256, 8192)), ({"max_num_seqs": 1024}, (1024, 8192)), ({"max_num_seqs": 10_000}, (10_000, 10_000)),
+    ({"max_num_batched_tokens": 100}, (100, 100)), ({"max_num_batched_tokens": 16384, "max_num_seqs": 8}, (8, 16384)),
+    ({"enable_chunked_prefill": False}, (256, None))])
+def test_a_server_on_a_gpu_has_defaults_of_its_own(monkeypatch, given, expected):
+    config = EngineConfig(model="m", **given)
+    monkeypatch.setattr("octavo.worker.group.resolve_device", lambda config: "cuda")
+    found = for_serving(config)
+    assert (found.max_num_seqs, found.max_num_batched_tokens) == expected
+    monkeypatch.setattr("octavo.worker.group.resolve_device", lambda config: "cpu")
+    assert for_serving(config) is config

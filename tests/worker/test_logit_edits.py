@@ -213,14 +213,14 @@ def test_processors_belong_to_a_generation():
     device.start(new(generation=2, processors=True), ended=(0,))
     assert device.edit([0], torch.zeros(1, VOCAB))[0][0, 0] == 2.0
     device.start(ended=(0,))
-    assert device.edits._processors == {}
+    assert device.edits._given == {}
 
 
 def test_registrations_of_rows_that_never_start_do_not_pile_up():
     device = Device()
     for generation in range(10):
         device.edits.set_processors(0, generation, [boom])
-    assert len(device.edits._processors[0]) == 1
+    assert len(device.edits._given[0]) == 1
 
 
 def test_a_row_with_processors_that_nobody_registered_is_refused():
