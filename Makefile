@@ -6,7 +6,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help install ext cuda cuda-all gpu-check demo test lint docs config-docs bench clean
+.PHONY: help install ext cuda cuda-all gpu-check serve demo test lint docs config-docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -36,6 +36,9 @@ cuda-all: ext  ## build the CUDA kernels for every architecture (half an hour of
 gpu-check:  ## on a GPU machine: build, test, sanitise and measure the CUDA kernels with PYTHON (arguments: CHECK="--only tests")
 	@$(PYTHON) scripts/gpu_check.py $(CHECK)
 
+serve: ext  ## serve a real model on 127.0.0.1:8000 (fetches 98 MB the first time; arguments: SERVE="--port 9000")
+	@$(BIN)/octavo serve smollm2 $(SERVE)
+
 demo: ext  ## answer a batch of prompts with a real model (fetches 98 MB the first time)
 	@$(BIN)/python examples/demo.py
 
@@ -54,8 +57,10 @@ docs: .venv/.docs  ## build the documentation into docs/_build/html; a warning i
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-config-docs: .venv/.installed  ## write docs/config.md again after an option has changed
+config-docs: .venv/.installed  ## write the pages that are made from the code again, after an option, a flag or a field has changed
 	@$(BIN)/python docs/generate_config.py
+	@$(BIN)/python docs/generate_fields.py
+	@$(BIN)/python docs/generate_vllm_flags.py
 
 bench: ext  ## compare with transformers on this machine (the table of docs/performance.md; minutes)
 	@$(BIN)/python benchmarks/against_transformers.py

@@ -10,35 +10,44 @@ import difflib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from octavo import __version__
-from octavo.commands import bench, chat, generate, info, plan
+from octavo.commands import bench, chat, complete, generate, info, plan, run_batch, serve
 from octavo.config import ENVIRONMENT, nearest, unknown_environment
 from octavo.errors import ConfigError, OctavoError
 from octavo.log import get_logger, setup
 
-COMMANDS = (generate, chat, plan, bench, info)
+COMMANDS = (serve, generate, chat, complete, run_batch, plan, bench, info)
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPT, EXIT_PIPE = 1, 2, 130, 141
 
 logger = get_logger(__name__)
 
 
 class FlagParser(argparse.ArgumentParser):
-    """ArgumentParser with dashes or underscores in long flags, no abbreviations, and errors of one line."""
+    """ArgumentParser with dashes or underscores in long flags, no abbreviations, and errors of one line.
+
+    Attributes:
+        elsewhere: flags that others have and this command has not -> what is there instead.
+        rewrite: words -> words, before anything else looks at them.
+    """
+
+    elsewhere: Mapping[str, str] = {}
+    rewrite: Callable[[list[str]], list[str]] = staticmethod(lambda words: words)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse, after flags are spelt with dashes; an unknown long flag is an error before anything else."""
-        words = dashed(sys.argv[1:] if args is None else args)
+        words = self.rewrite(dashed(sys.argv[1:] if args is None else args))
         for word in words:
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
                 break  # what follows are values, or belongs to the subcommand's own parser
             name = word.split("=", 1)[0]
-            if name.startswith("--") and " " not in name and name not in self._option_string_actions:
+            unknown = name not in self._option_string_actions
+            if unknown and (name in self.elsewhere or (name.startswith("--") and " " not in name)):
                 self.unknown(name)
         return super().parse_known_args(words, namespace)
 
@@ -51,6 +60,8 @@ class FlagParser(argparse.ArgumentParser):
 
     def unknown(self, name: str) -> NoReturn:
         """End with the message for a flag that does not exist."""
+        if name in self.elsewhere:
+            self.error(f"{name} is a flag of vLLM that Octavo does not have: {self.elsewhere[name]}.")
         # Compared without their dashes, which all flags have in common and which would make strangers look alike.
         close = difflib.get_close_matches(name[2:], [flag[2:] for flag in self._option_string_actions], 1)
         self.error(f"unknown flag {name}" + (f" (did you mean --{close[0]}?)" if close else ""))
