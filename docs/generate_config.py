@@ -1,4 +1,4 @@
-"""Writes docs/config.md from EngineConfig, so that the page cannot disagree with the code.
+"""Writes docs/config.md from EngineConfig and ServerConfig, so that the page cannot disagree with the code.
 
 ``python docs/generate_config.py`` writes the page, ``--check`` only compares and exits with 1 when it is out of date.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.config import ENVIRONMENT, EngineConfig
+from octavo.server.config import ServerConfig
 
 PAGE = Path(__file__).with_name("config.md")
 
@@ -36,7 +37,19 @@ This page is written by `make config-docs` from the code.
 |---|---|---|
 """
 
+SERVER = """
+## Options of the server
+
+Flags of `octavo serve`, beside all of the above. Lists take several values: `--api-key one two`. `octavo serve --help=WORD`
+shows the flags that have to do with a word, `--config FILE.yaml` reads them from a file, and a flag on the command line wins
+over the file. On a GPU `octavo serve` takes 256 for `max_num_seqs` and 8192 for `max_num_batched_tokens` where none is given.
+
+| option | default | meaning |
+|---|---|---|
+"""
+
 VARIABLES = {
+    "OCTAVO_API_KEY": "key that clients of `octavo serve` must send, where neither `--api-key` nor `--api-key-file` is given",
     "OCTAVO_CACHE": "folder of the default model; else `$XDG_CACHE_HOME/octavo`, else `~/.cache/octavo`",
     "OCTAVO_CUDA_ARCHS": "read by the build of the CUDA kernels: what they are compiled for, such as `9.0a;8.0+PTX`; "
     "else the GPUs of the machine",
@@ -46,11 +59,12 @@ VARIABLES = {
 
 def page() -> str:
     """The whole page."""
-    rows = [f"| `{f.name}` | {_default(f)} | {_meaning(f)} |\n" for f in fields(EngineConfig)]
+    rows, server = ([f"| `{f.name}` | {_default(f)} | {_meaning(f)} |\n" for f in fields(kind)]
+                    for kind in (EngineConfig, ServerConfig))
     assert set(VARIABLES) == set(ENVIRONMENT), "a variable without words"
     variables = [f"| `{name}` | {text} |\n" for name, text in VARIABLES.items()]
     head = "\n## Environment variables\n\nThe commands warn about any other variable that begins with `OCTAVO_`.\n\n"
-    return "".join([HEAD, *rows, head, "| variable | meaning |\n|---|---|\n", *variables])
+    return "".join([HEAD, *rows, SERVER, *server, head, "| variable | meaning |\n|---|---|\n", *variables])
 
 
 def _default(f: "Field[Any]") -> str:

@@ -77,7 +77,7 @@ def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "generate" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "plan", "bench", "info"])
+@pytest.mark.parametrize("command", ["generate", "chat", "complete", "run-batch", "plan", "bench", "info"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -15,10 +15,14 @@ from octavo.cli import build_parser
 from octavo.config import ENVIRONMENT, EngineConfig
 from octavo.outputs import CompletionOutput, Logprob, RequestOutput
 from octavo.params import SamplingParams
+from octavo.server.config import ServerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
-NAMES = """LLM CompletionOutput EngineArgs EngineConfig LLMEngine RequestOutput SamplingParams __version__"""
+NAMES = """
+LLM AsyncEngineArgs AsyncLLMEngine CompletionOutput EngineArgs EngineConfig LLMEngine RequestOutput SamplingParams
+StructuredOutputsParams __version__
+"""
 
 OPTIONS = """
 model tokenizer skip_tokenizer_init revision download_dir trust_remote_code hf_overrides load_format dtype
@@ -33,26 +37,49 @@ SAMPLING = """
 n best_of presence_penalty frequency_penalty repetition_penalty temperature top_p top_k min_p seed stop stop_token_ids
 ignore_eos include_stop_str_in_output max_tokens min_tokens logprobs prompt_logprobs detokenize skip_special_tokens
 spaces_between_special_tokens logit_bias allowed_token_ids bad_words logits_processors use_beam_search length_penalty
-early_stopping
+early_stopping structured_outputs
 """
 
 SAMPLING_FLAGS = """
 --n --best-of --presence-penalty --frequency-penalty --repetition-penalty --temperature --top-p --top-k --min-p
 --sampling-seed --stop --stop-token-ids --ignore-eos --include-stop-str-in-output --max-tokens --min-tokens --logprobs
 --prompt-logprobs --detokenize --skip-special-tokens --spaces-between-special-tokens --logit-bias --allowed-token-ids
---bad-words --use-beam-search --length-penalty --early-stopping
+--bad-words --use-beam-search --length-penalty --early-stopping --structured-outputs
 """
 NOT_IN_CHAT = """
 --n --best-of --logprobs --prompt-logprobs --detokenize --use-beam-search --length-penalty --early-stopping
 """
 
+SERVER = """
+host port uds root_path ssl_keyfile ssl_certfile ssl_ca_certs api_key api_key_file metrics_auth allowed_origins
+allowed_methods allowed_headers allow_credentials enable_request_id_headers served_model_name api_server_count
+chat_template_content_format trust_request_chat_template enable_auto_tool_choice tool_call_parser reasoning_parser
+enable_prompt_tokens_details enable_force_include_usage enable_log_requests max_log_len uvicorn_log_level
+disable_uvicorn_access_log metrics_compat otlp_traces_endpoint request_timeout queue_timeout shutdown_timeout
+step_timeout keep_alive header_timeout body_timeout send_timeout max_connections max_queued_requests
+max_queued_tokens max_body_bytes max_header_bytes max_headers max_json_depth max_stream_buffer max_n max_prompts
+max_sequences max_stop max_stop_chars max_logit_bias
+"""
+
 # command -> its own positionals and flags, beside those of EngineConfig and SamplingParams
 COMMANDS = {
+    "serve": "model --model",
     "generate": "model --prompt --input --input-format --json",
-    "chat": "model --system-prompt",
+    "chat": "model --system-prompt --url --model-name --api-key -q",
+    "complete": "--url --model-name --api-key -q",
+    "run-batch": "-i -o --model --url --api-key --max-concurrency --disable-tqdm --served-model-name "
+    "--chat-template-content-format --enable-auto-tool-choice --tool-call-parser --reasoning-parser",
     "plan": "model --device-memory",
     "bench latency": "--model --input-len --output-len --batch-size --num-iters-warmup --num-iters",
     "bench throughput": "--model --num-prompts --input-len --output-len --lengths --temperature",
+    "bench serve": "--backend --base-url --host --port --endpoint --model --served-model-name --api-key --header "
+    "--dataset-name --dataset-path --lengths --num-prompts --random-input-len --random-output-len --random-range-ratio "
+    "--random-prefix-len --prefix-repetition-num-prefixes --prefix-repetition-prefix-len --prefix-repetition-suffix-len "
+    "--prefix-repetition-output-len --sharegpt-output-len --custom-output-len --request-rate --burstiness "
+    "--max-concurrency --ramp-up-strategy --ramp-up-start-rps --ramp-up-end-rps --ignore-eos --num-warmups --temperature "
+    "--top-p --top-k --min-p --frequency-penalty --presence-penalty --repetition-penalty --extra-body --goodput "
+    "--percentile-metrics --metric-percentiles --seed --tokenizer --save-result --save-detailed --result-dir "
+    "--result-filename --metadata --plot --disable-tqdm",
     "info": "",
 }
 
@@ -85,11 +112,15 @@ def test_public_names_are_where_they_say() -> None:
 
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
-    assert not hasattr(octavo, "AsyncLLMEngine")  # comes with the server
+    assert not hasattr(octavo, "AsyncEngine")
 
 
 def test_options() -> None:
     assert [f.name for f in dataclasses.fields(EngineConfig)] == OPTIONS.split()
+
+
+def test_options_of_the_server() -> None:
+    assert [f.name for f in dataclasses.fields(ServerConfig)] == SERVER.split()
 
 
 def test_sampling_parameters() -> None:
@@ -107,13 +138,16 @@ def test_outputs() -> None:
 
 
 def test_environment() -> None:
-    assert set(ENVIRONMENT) == {"OCTAVO_CACHE", "OCTAVO_CUDA_ARCHS", "OCTAVO_LOGGING_LEVEL"}
+    assert set(ENVIRONMENT) == {"OCTAVO_API_KEY", "OCTAVO_CACHE", "OCTAVO_CUDA_ARCHS", "OCTAVO_LOGGING_LEVEL"}
 
 
 def test_flags_of_every_command() -> None:
     engine = {"--" + name.replace("_", "-") for name in OPTIONS.split()} - {"--model"}
     sampling = set(SAMPLING_FLAGS.split())
-    extra = {"info": set(), "generate": engine | sampling, "chat": engine | (sampling - set(NOT_IN_CHAT.split()))}
+    talking = sampling - set(NOT_IN_CHAT.split())
+    server = {"--" + name.replace("_", "-") for name in SERVER.split()}
+    extra = {"info": set(), "generate": engine | sampling, "chat": engine | talking, "complete": talking,
+             "bench serve": set(), "serve": engine | server}
     found = {name: flags(parser) for name, parser in leaves(build_parser()).items()}
     assert found == {name: set(own.split()) | extra.get(name, engine) for name, own in COMMANDS.items()}
 

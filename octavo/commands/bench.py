@@ -1,6 +1,7 @@
-"""``octavo bench latency|throughput``: a table for people, then one line of JSON for programs.
+"""``octavo bench latency|throughput|serve``: a table for people, then one line of JSON for programs.
 
-Owns the flags and the order of things; measuring is in ``octavo.bench``. Invariant: prompts are random token ids and
+Owns the flags of the two that run an engine in this process, and the order of things; measuring is in ``octavo.bench``,
+and ``serve`` is in ``bench_serve``. Invariant: prompts are random token ids and
 no tokenizer is loaded, so a folder that holds only config.json is enough with ``--load-format dummy``.
 """
 
@@ -8,6 +9,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from octavo.commands import bench_serve
 from octavo.commands.console import number_text, print_table
 from octavo.commands.options import add_engine_args, engine_options, with_hint
 from octavo.config import EngineConfig, human_int
@@ -29,7 +31,7 @@ NOTE = "Prompts are random token ids; no tokenizer is loaded. The last line of t
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand and its two kinds."""
-    parser = commands.add_parser("bench", help="measure latency or throughput", description=f"Measure. {NOTE}")
+    parser = commands.add_parser("bench", help="measure latency, throughput or a server", description=f"Measure. {NOTE}")
     kinds = parser.add_subparsers(title="benchmarks", metavar="KIND", dest="kind", required=True)
     latency = kinds.add_parser("latency", help="one batch, again and again", description=f"Time one batch. {NOTE}")
     latency.add_argument("--input-len", type=human_int, default=32, help="prompt tokens of a request (default: 32)")
@@ -48,6 +50,7 @@ def add_parser(commands: Any) -> None:
     for kind, run in ((latency, run_latency), (throughput, run_throughput)):
         add_engine_args(kind)
         kind.set_defaults(run=run)
+    bench_serve.add_kind(kinds)
 
 
 def run_latency(args: argparse.Namespace) -> int:

@@ -3,9 +3,14 @@
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "client"))
+
+from stand_in import StandIn, running
 
 from octavo.config import EngineConfig
 from octavo.errors import RequestError
@@ -138,3 +143,10 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeEngine]]:
     monkeypatch.setitem(sys.modules, "octavo.text.chat", chat)
     yield LOADED
     assert all(engine.closed for engine in LOADED), "a command left its engine open"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """A running server in OpenAI's shape."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    yield from running(StandIn())
