@@ -13,8 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from octavo.errors import RequestError
 from octavo.server.chunks import Chunks, Usage, new_identity
+from octavo.server.dialect import serve_dialect
 from octavo.server.errors import ApiError
-from octavo.server.exchange import News, serve
+from octavo.server.exchange import News
 from octavo.server.logprobs import ChatLogprobs, PromptLogprobs, TokenNames, prompt_entries
 from octavo.server.models import check_model
 from octavo.server.prompting import Conversation
@@ -297,7 +298,15 @@ def _top_logprobs(request: ChatRequest) -> int | None:
 
 async def create_chat_completion(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
     """POST /v1/chat/completions."""
-    await serve(service, scope, receive, send, ChatRequest, ChatExchange)
+    await serve_dialect(service, scope, receive, send, ChatRequest, ChatExchange, _names)
+
+
+def _names(request: ChatRequest) -> dict[str, str]:
+    """Under which names this client knows what the engine has one name for."""
+    names = {"logprobs": "top_logprobs"}  # the number of them; logprobs itself is a switch here
+    if request.max_tokens is None and request.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    return names
 
 
 ROUTES = (("POST", "/v1/chat/completions", create_chat_completion),)

@@ -5,7 +5,7 @@ Invariant: a client is told of fields that it can find in its own request.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,21 +19,21 @@ K = TypeVar("K", bound=msgspec.Struct)
 
 
 async def serve_dialect(service: Service, scope: Scope, receive: Receive, send: Send, kind: type[K], begin: Begin[K],
-                        names: Mapping[str, str]) -> None:
-    """As ``serve``, with mistakes told in the client's words; names: see ``translated``."""
-    read = False
+                        names: Callable[[K], Mapping[str, str]]) -> None:
+    """As ``serve``, with mistakes told in the client's words; names: of a request, see ``translated``."""
+    found: Mapping[str, str] | None = None
 
     def begin_once_read(service: Service, request: K, key_salt: str) -> Exchange:
-        nonlocal read
-        read = True
+        nonlocal found
+        found = names(request)
         return begin(service, request, key_salt)
 
     try:
         await serve(service, scope, receive, send, kind, begin_once_read)
     except RequestError as error:
-        if not read:  # who could not read the body speaks of it as it is
+        if found is None:  # who could not read the body speaks of it as it is
             raise
-        raise translated(error, names) from None
+        raise translated(error, found) from None
 
 
 def translated(error: RequestError, names: Mapping[str, str]) -> RequestError:

@@ -192,7 +192,7 @@ def counted(service: Service, said: Said) -> bytes:
 
 async def create_message(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
     """POST /v1/messages."""
-    await serve_dialect(service, scope, receive, send, MessagesRequest, MessagesExchange, NAMES)
+    await serve_dialect(service, scope, receive, send, MessagesRequest, MessagesExchange, lambda request: NAMES)
 
 
 async def count_tokens(service: Service, scope: Scope, receive: Receive, send: Send) -> None:

@@ -39,7 +39,7 @@ TICK = 0.25
 """Seconds between two looks at what is open, and at how late the event loop is."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-
+"""Others are one label: a client may send anything."""
 
 PLAIN_KIND = "text/plain; version=0.0.4; charset=utf-8"
 OPEN_KIND = "application/openmetrics-text; version=1.0.0; charset=utf-8"

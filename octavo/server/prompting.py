@@ -114,7 +114,9 @@ def _message(message: dict[str, Any], number: int, content_format: str) -> dict[
     elif content_format == "openai" and isinstance(content, str):
         message = message | {"content": [{"type": "text", "text": content}]}
     calls = message.get("tool_calls")
-    if isinstance(calls, list) and calls:
+    if calls is not None and not isinstance(calls, list):
+        raise RequestError(f"messages[{number}].tool_calls must be a list, got {calls!r:.200}.", "messages")
+    if calls:
         message = message | {"tool_calls": [_call(call) for call in calls]}
     return message
 

@@ -151,7 +151,7 @@ class ResponsesExchange:
 
 async def create_response(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
     """POST /v1/responses."""
-    await serve_dialect(service, scope, receive, send, ResponsesRequest, ResponsesExchange, NAMES)
+    await serve_dialect(service, scope, receive, send, ResponsesRequest, ResponsesExchange, lambda request: NAMES)
 
 
 async def get_response(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
