@@ -37,7 +37,7 @@ gpu-check:  ## on a GPU machine: build, test, sanitise and measure the CUDA kern
 	@$(PYTHON) scripts/gpu_check.py $(CHECK)
 
 serve: ext  ## serve a real model on 127.0.0.1:8000 (fetches 98 MB the first time; arguments: SERVE="--port 9000")
-	@$(BIN)/octavo serve smollm2 $(SERVE)
+	@$(BIN)/octavo serve smollm2 --override-generation-config '{"temperature": 0.2, "top_p": 0.9}' $(SERVE)
 
 demo: ext  ## answer a batch of prompts with a real model (fetches 98 MB the first time)
 	@$(BIN)/python examples/demo.py
