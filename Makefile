@@ -6,7 +6,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help install ext cuda cuda-all gpu-check serve demo test lint docs config-docs bench clean
+.PHONY: help install ext cuda cuda-all gpu-check serve demo test clients soak lint docs config-docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -44,6 +44,12 @@ demo: ext  ## answer a batch of prompts with a real model (fetches 98 MB the fir
 
 test: ext  ## run the tests
 	@$(BIN)/python -m pytest
+
+clients: ext  ## try the server with clients from PyPI and npm (installs them under build/clients the first time)
+	@$(BIN)/python scripts/clients.py $(CLIENTS)
+
+soak: ext  ## load a server in earnest, for minutes (arguments: SOAK="--minutes 60")
+	@$(BIN)/python scripts/soak_server.py $(SOAK)
 
 lint: .venv/.installed  ## ruff and mypy --strict
 	@$(BIN)/ruff check .

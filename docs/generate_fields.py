@@ -56,7 +56,7 @@ bounds of lists and texts are among the [limits](serving.md#limits). This page i
 """
 
 MATRIX: tuple[tuple[str, Struct], ...] = (
-    ("/v1/completions", CompletionRequest), ("/v1/chat/completions", ChatRequest), ("/generate", GenerateRequest))
+    ("completions", CompletionRequest), ("chat", ChatRequest), ("generate", GenerateRequest))
 
 GENERATION: Words = {
     "prompt": "a text, token ids, or a list of texts or of lists of ids (`/generate`: one text); special-token strings in it are "
@@ -265,12 +265,12 @@ def _matrix() -> str:
     types["prompt"] = dict.fromkeys(["string or list"])
     _complete(types, GENERATION, "completions, chat and generate")
     assert set(NO_EFFECT) == set(RESPONSES_NO_EFFECT)
-    head = "".join(f" `{path}` |" for path, _ in MATRIX)
-    rows = [f"| field | type |{head} meaning |\n|---|---|{'---|' * len(MATRIX)}---|\n"]
+    head = "".join(f" {name} |" for name, _ in MATRIX)
+    rows = [f"| field |{head} meaning |\n|---|{'---|' * len(MATRIX)}---|\n"]
     for name, words in GENERATION.items():
         mark = "no effect" if name in NO_EFFECT else "refused" if words.startswith("refused ") else "yes"
         marks = "".join(f" {mark if name in _names(kind) else '-'} |" for kind in kinds)
-        rows.append(f"| `{name}` | {' or '.join(types[name])} |{marks} {words} |\n")
+        rows.append(f"| `{name}` {' or '.join(types[name])} |{marks} {words} |\n")
     return "".join(rows)
 
 
@@ -281,8 +281,8 @@ def _table(kind: Struct, honoured: Words, ignored: Words, refused: Words) -> str
              **{name: ("refused", f"unless {text}") for name, text in refused.items()}}
     assert len(words) == len(honoured) + len(ignored) + len(refused), f"{kind.__name__}: words twice"
     _complete([field.name for field in fields], words, kind.__name__)
-    rows = ["| field | type | | meaning |\n|---|---|---|---|\n"]
-    rows += [f"| `{field.name}` | {_type(field.type)} | {words[field.name][0]} | {words[field.name][1]} |\n" for field in fields]
+    rows = ["| field | | meaning |\n|---|---|---|\n"]
+    rows += [f"| `{field.name}` {_type(field.type)} | {words[field.name][0]} | {words[field.name][1]} |\n" for field in fields]
     return "".join(rows)
 
 

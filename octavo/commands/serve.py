@@ -5,9 +5,11 @@ that Octavo does not have is refused by name, with what to use instead.
 """
 
 import argparse
+import logging
 import os
+import sys
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 from octavo.commands.options import add_engine_args, with_hint
 from octavo.commands.vllm_flags import REFUSED
@@ -44,8 +46,8 @@ def _rewrite(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
         parser.error(str(error))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Serve until told to stop."""
+def run(args: argparse.Namespace) -> NoReturn:
+    """Serve until told to stop, and end the process."""
     if args.model is not None and args.model_flag is not None:
         raise ConfigError(f"the model is given twice, as {args.model!r} and as {args.model_flag!r}.", "model")
     args.model = args.model or args.model_flag
@@ -57,6 +59,9 @@ def run(args: argparse.Namespace) -> int:
     from octavo.server.main import run as serve  # brings the web server
 
     try:
-        return serve(config, server)
+        code = serve(config, server)
     except ModelError as error:
         raise with_hint(error, config) from error
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)  # the interpreter's own end would wait for a text that is still being tokenised for nobody

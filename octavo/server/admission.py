@@ -16,34 +16,52 @@ MIN_RETRY, MAX_RETRY = 1.0, 60.0
 
 
 class Ticket:
-    """A request's place. ``begin`` when it starts to run, ``leave`` when it is over; both may be called again."""
+    """A request's place: it is read, then it waits, then it runs. Each call may be repeated, and ``leave`` comes last.
 
-    __slots__ = ("_admission", "_tokens", "since", "waiting")
+    Attributes:
+        since: when it came. waiting: it has been read and does not run yet.
+    """
+
+    __slots__ = ("_admission", "_bytes", "_tokens", "since", "waiting")
 
     def __init__(self, admission: "Admission") -> None:
-        self._admission, self._tokens, self.since, self.waiting = admission, 0, admission.clock(), True
+        self._admission, self._bytes, self._tokens = admission, 0, 0
+        self.since, self.waiting = admission.clock(), False
 
-    def weigh(self, tokens: int) -> None:
-        """Say how many prompt tokens the request brings; CapacityError when no more may wait."""
+    def hold(self, size: int) -> None:
+        """So many bytes of it are here; CapacityError when the server holds as much as it may."""
         admission = self._admission
-        # One request alone may be as long as it likes: what it may be is the engine's to say.
+        # One request alone may be as long as it likes: how long is said elsewhere.
+        if admission.bytes > self._bytes and admission.bytes - self._bytes + size > admission.max_bytes:
+            raise admission.refusal(f"{admission.bytes} bytes of requests are held already")
+        admission.bytes += size - self._bytes
+        self._bytes = size
+
+    def wait(self, tokens: int) -> None:
+        """It is read, and brings so many prompt tokens; CapacityError when no more may wait."""
+        admission = self._admission
+        admission.check_room()
         if admission.tokens and admission.tokens + tokens > admission.max_tokens:
             raise admission.refusal(f"{admission.tokens} prompt tokens wait already")
-        self._tokens += tokens
+        self.waiting = True
+        self._tokens = tokens
+        admission.waiting += 1
         admission.tokens += tokens
 
     def begin(self) -> None:
-        """The request runs: it does not wait any more."""
+        """It runs: it does not wait any more."""
         if self.waiting:
             self.waiting = False
             self._admission.waiting -= 1
             self._admission.tokens -= self._tokens
 
-    def leave(self, done: bool = True) -> None:
-        """The request is over; ``done``: it was served, and counts for the rate."""
+    def leave(self, done: bool = False) -> None:
+        """It is over; ``done``: it was served to its end, and counts for the rate."""
         self.begin()
-        if self._admission.tickets.pop(self, None) is not None and done:
-            self._admission.note_end()
+        if self._admission.tickets.pop(self, None) is not None:
+            self._admission.bytes -= self._bytes
+            if done:
+                self._admission.note_end()
 
     def __enter__(self) -> "Ticket":
         return self
@@ -56,29 +74,39 @@ class Admission:
     """The door.
 
     Args:
-        max_requests: requests that may wait. max_tokens: their prompt tokens together. clock: monotonic seconds.
+        max_requests: requests that may wait. max_tokens: their prompt tokens together. max_bytes: bytes of the bodies of
+            all requests that are inside. clock: monotonic seconds.
 
     Attributes:
-        waiting, tokens: what waits now. tickets: requests inside, waiting or running. closed: why nobody may enter, or "".
+        waiting, tokens: what waits now. bytes: held. tickets: requests inside, read, waiting or running.
+        closed: why nobody may enter, or "".
     """
 
-    def __init__(self, max_requests: int, max_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.max_requests, self.max_tokens, self.clock = max_requests, max_tokens, clock
-        self.waiting = self.tokens = 0
+    def __init__(self, max_requests: int, max_tokens: int, max_bytes: int,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.max_requests, self.max_tokens, self.max_bytes, self.clock = max_requests, max_tokens, max_bytes, clock
+        self.waiting = self.tokens = self.bytes = 0
         self.tickets: dict[Ticket, None] = {}
         self.closed = ""
         self._ends: deque[float] = deque(maxlen=1024)
 
     def enter(self) -> Ticket:
-        """A place for one more request, before anything of it is read; CapacityError when there is none."""
+        """A place for one more request, before anything of it is read; CapacityError when there is none.
+
+        A request that is still being read takes no place from those that wait: a client that sends slowly, or nothing,
+        would keep the others out.
+        """
+        self.check_room()
+        ticket = Ticket(self)
+        self.tickets[ticket] = None
+        return ticket
+
+    def check_room(self) -> None:
+        """CapacityError when no more requests may wait, or none at all."""
         if self.closed:
             raise CapacityError(self.closed, self.retry_after())
         if self.waiting >= self.max_requests:
             raise self.refusal(f"{self.waiting} requests wait already")
-        ticket = Ticket(self)
-        self.tickets[ticket] = None
-        self.waiting += 1
-        return ticket
 
     def refusal(self, what: str) -> CapacityError:
         """The error for a request that finds no place."""

@@ -8,6 +8,7 @@ answer or with an error.
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 
@@ -36,6 +37,7 @@ EARLY = ("starting", "fetching", "down")
 """Phases of the engine in which the model's files may still be on their way."""
 
 ENDING = "The server is shutting down."
+ECHO_SECONDS = 0.3
 CLOSE_SECONDS = 3.0
 """How long connections may take to send what is left, once every stream has ended."""
 
@@ -59,6 +61,7 @@ class ApiProcess:
         self.ready = asyncio.Event()
         self._fetched = asyncio.Event()
         self._stopping = False
+        self._drain_began = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self.metrics = Metrics(engine, server, directory, number)
         self._observers = Observers(self.metrics, engine, server)
@@ -87,11 +90,16 @@ class ApiProcess:
             self._observers.close()
 
     def drain(self) -> None:
-        """Take nothing new, end what has begun, then stop. The second call, and ``shutdown_timeout``, stop at once."""
+        """Take nothing new, end what has begun, then stop. Called again, and after ``shutdown_timeout``, it stops at once.
+
+        A second call within a moment is the first one's echo: whoever signals a whole group of processes reaches one twice.
+        """
+        now = time.monotonic()
         if self.health.draining:
-            self.stop()
+            if now - self._drain_began > ECHO_SECONDS:
+                self.stop()
             return
-        self.health.draining = True
+        self.health.draining, self._drain_began = True, now
         self.service.admission.closed = ENDING
         self._http.say_close()
         self._start(self._drain())

@@ -72,6 +72,7 @@ class ServerConfig:
     max_connections: int = option(4096, "open connections", kind="int")
     max_queued_requests: int = option(512, "requests that may wait; beyond: 503", kind="int")
     max_queued_tokens: int = option(4_000_000, "prompt tokens that may wait; beyond: 503", kind="int")
+    max_held_bytes: int = option(1 << 30, "bytes of the bodies of all requests together; beyond: 503", kind="int")
     max_body_bytes: int = option(32 << 20, "bytes of a request's body", kind="int")
     max_header_bytes: int = option(32 << 10, "bytes of a request's head", kind="int")
     max_headers: int = option(100, "headers of a request", kind="int")

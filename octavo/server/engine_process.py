@@ -32,6 +32,7 @@ class EngineProcess:
 
     def __init__(self, parent: Parent) -> None:
         log.setup()
+        log.detach()
         self._parent = parent
         start, self.config = ipc.decode_start(parent.start)
         self.faults, self.vitals = start.faults, Vitals(start.epoch)

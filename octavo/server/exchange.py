@@ -73,11 +73,34 @@ async def serve(service: Service, scope: Scope, receive: Receive, send: Send, ki
         OctavoError: before anything was sent. ClientDisconnected: the client left.
     """
     with service.admission.enter() as ticket:
-        body = await read_json_body(scope, receive, service.server)
+        body = await read_json_body(scope, receive, service.server, ticket.hold)
+        await run_until_disconnect(receive, _answer(service, scope, send, kind, begin, ticket, body))
+
+
+async def look_up(service: Service, scope: Scope, receive: Receive, send: Send, kind: type[K],
+                  work: Callable[[Service, K], bytes]) -> None:
+    """Answer an HTTP request for which nothing is generated; it counts as one that is inside all the same.
+
+    Args:
+        kind: of its body. work: makes the answer's body; may run in a thread.
+    """
+    with service.admission.enter() as ticket:
+        body = await read_json_body(scope, receive, service.server, ticket.hold)
         request = decode(body, kind, max_depth=service.server.max_json_depth)
-        size = OFF_LOOP_CHARS if any(getattr(request, name, None) is not None for name in COMPILED) else len(body)
-        exchange = await service.off_loop(size, begin, service, request, key_salt(scope))
-        await run_until_disconnect(receive, _run(service, ticket, exchange, cutter(scope), send))
+        found = service.off_loop(_weight(request, body), work, service, request, lookup=True)
+        await send_json(send, await run_until_disconnect(receive, found))
+
+
+def _weight(request: msgspec.Struct, body: bytes) -> int:
+    """How long the text work of a request takes, in characters; compiling a grammar counts as long."""
+    return OFF_LOOP_CHARS if any(getattr(request, name, None) is not None for name in COMPILED) else len(body)
+
+
+async def _answer(service: Service, scope: Scope, send: Send, kind: type[K], begin: Begin[K], ticket: Ticket,
+                  body: bytes) -> None:
+    request = decode(body, kind, max_depth=service.server.max_json_depth)
+    exchange = await service.off_loop(_weight(request, body), begin, service, request, key_salt(scope))
+    await _run(service, ticket, exchange, cutter(scope), send)
 
 
 async def _run(service: Service, ticket: Ticket, exchange: Exchange, cut: Callable[[], None] | None, send: Send) -> None:

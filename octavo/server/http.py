@@ -209,8 +209,11 @@ def cutter(scope: Scope) -> Callable[[], None] | None:
     return None if connection is None else connection.abort
 
 
-async def read_json_body(scope: Scope, receive: Receive, server: ServerConfig) -> bytes:
+async def read_json_body(scope: Scope, receive: Receive, server: ServerConfig, hold: Callable[[int], None]) -> bytes:
     """The body of a request that says, or does not deny, that it is JSON.
+
+    Args:
+        hold: told how many bytes are here whenever more have come; what it raises ends the reading.
 
     Raises:
         ApiError: 415 another type or an encoding; 413 longer than max_body_bytes.
@@ -231,6 +234,7 @@ async def read_json_body(scope: Scope, receive: Receive, server: ServerConfig) -
         size += len(part)
         if size > server.max_body_bytes:
             raise ApiError(413, f"The body is larger than {server.max_body_bytes} bytes.")
+        hold(size)
         parts.append(part)
     return b"".join(parts) if len(parts) > 1 else parts[0]
 

@@ -15,6 +15,9 @@ from octavo.errors import ConfigError
 from octavo.server.config import ServerConfig
 
 BACKLOG = 2048
+SEND_BUFFER = 256 << 10
+"""Bytes that the kernel may keep for a client that does not read. Left to itself it would take several MiB for each, and none
+of the limits for slow readers would be about all that waits for one."""
 
 
 def listen(config: ServerConfig) -> socket.socket:
@@ -39,6 +42,7 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, place = found[0]
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # what is accepted inherits it
     try:
         sock.bind(place)
         sock.listen(BACKLOG)

@@ -8,13 +8,14 @@ started, and with exit code 0 (asked to), 1 (the operator's mistake) or 70 (it c
 import asyncio
 import logging
 import os
+import select
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 import uvloop
@@ -29,6 +30,9 @@ from octavo.server.supervisor import Supervisor
 
 STOP_SECONDS = 2.0
 """How long the other API processes get beyond their own time to drain."""
+
+READ_SECONDS = 0.2
+"""How long a line for people waits for room in a pipe."""
 
 _log = log.get_logger(__name__)
 
@@ -52,6 +56,7 @@ def run(engine: EngineConfig, server: ServerConfig) -> int:
     began = time.monotonic()
     if not log.get_logger("octavo").hasHandlers():
         log.setup()
+    log.detach()
     sock = listen(server)
     try:
         return _run(_first(engine, server, sock, began))
@@ -69,7 +74,7 @@ async def _first(engine: EngineConfig, server: ServerConfig, sock: socket.socket
         nonlocal code
         if not code:
             code = status
-            print(f"octavo: error: {message}", file=sys.stderr, flush=True)
+            _say(f"octavo: error: {message}", sys.stderr)
         if front is not None:
             front.stop("The server cannot go on.")
 
@@ -104,16 +109,20 @@ async def _announce(front: ApiProcess, server: ServerConfig, engine: EngineConfi
     _say(f"Ready after {time.monotonic() - began:.1f} s.")
     target = f"--unix-socket {server.uds} http://localhost" if server.uds is not None else where
     key = " -H 'Authorization: Bearer KEY'" if server.api_key or server.api_key_file else ""
-    body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+    body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
     _say(f"Try:  curl {target}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
     if server.uds is None:
         _say(f"Chat: {where}/")
 
 
-def _say(line: str) -> None:
+def _say(line: str, stream: TextIO | None = None) -> None:
+    """Print a line, by default to the standard output; whoever started the server and does not read is not waited for."""
+    out = stream or sys.stdout
     try:
-        print(line, flush=True)
-    except OSError:  # whoever started the server does not read: no reason to end it
+        if not select.select([], [out], [], READ_SECONDS)[1]:
+            raise BlockingIOError
+        print(line, file=out, flush=True)
+    except OSError:  # no reason to end the server
         _log.info("%s", line)
 
 
@@ -149,6 +158,7 @@ async def _other(sibling: Sibling, ready: Callable[[], None]) -> int:
 if __name__ == "__main__":
     parent = attach()
     log.setup()
+    log.detach()
     exit_code = _run(_other(msgspec.json.decode(parent.start, type=Sibling), lambda: parent.notify(Notice(ready=True))))
     logging.shutdown()
     os._exit(exit_code)

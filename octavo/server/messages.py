@@ -16,8 +16,7 @@ from octavo.server.blocks import Block, Blocks, Change
 from octavo.server.chunks import Identity
 from octavo.server.dialect import serve_dialect, translated
 from octavo.server.errors import ApiError
-from octavo.server.exchange import News
-from octavo.server.http import read_json_body, run_until_disconnect
+from octavo.server.exchange import News, look_up
 from octavo.server.messages_input import (
     NAMES,
     MessagesRequest,
@@ -27,9 +26,8 @@ from octavo.server.messages_input import (
     sampling_fields,
 )
 from octavo.server.models import check_model
-from octavo.server.service import OFF_LOOP_CHARS, Service
-from octavo.server.sse import EVENT_STREAM, encode_event, named_event, quote, send_json
-from octavo.server.strict import decode
+from octavo.server.service import Service
+from octavo.server.sse import EVENT_STREAM, encode_event, named_event, quote
 from octavo.server.turn import Piece, Turn, prompt_of
 
 SIGNATURE = "unsigned"
@@ -197,10 +195,7 @@ async def create_message(service: Service, scope: Scope, receive: Receive, send:
 
 async def count_tokens(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
     """POST /v1/messages/count_tokens."""
-    body = await read_json_body(scope, receive, service.server)
-    said = decode(body, Said, max_depth=service.server.max_json_depth)
-    size = len(body) if said.tools is None else OFF_LOOP_CHARS
-    await send_json(send, await run_until_disconnect(receive, service.off_loop(size, counted, service, said)))
+    await look_up(service, scope, receive, send, Said, counted)
 
 
 ROUTES = (("POST", PATH, create_message), ("POST", f"{PATH}/count_tokens", count_tokens))

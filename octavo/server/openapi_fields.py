@@ -129,7 +129,8 @@ def fields(service: Service) -> Mapping[str, Schema]:
     length: Schema = {"minimum": 1, "maximum": info.max_model_len - 1}
     penalty: Schema = {"minimum": -2, "maximum": 2}
     low, high = params.REPETITION_RANGE
-    priority: Schema = {} if service.config.scheduling_policy == "priority" else null_or(0)
+    by_priority = service.config.scheduling_policy == "priority"
+    priority: Schema = {"minimum": -(2**63), "maximum": 2**64 - 1} if by_priority else null_or(0)
     return {
         "model": null_or(*served_names(service)),
         "n": count, "best_of": count, "presence_penalty": penalty, "frequency_penalty": penalty,

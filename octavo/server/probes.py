@@ -97,9 +97,9 @@ class Probes:
         await self._answer(send, self.health.trouble())
 
     async def live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As /health, but loading is no trouble: restarting the process would only begin it again."""
+        """As /health, but loading, after a restart of the engine too, is no trouble: to end the process would begin it again."""
         trouble = self.health.trouble()
-        await self._answer(send, "" if trouble == "loading" else trouble)
+        await self._answer(send, "" if trouble in ("loading", "restarting") else trouble)
 
     async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         """200 while requests are taken; the length of the queue has no part in it."""

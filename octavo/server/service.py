@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from octavo.config import EngineConfig
@@ -24,6 +24,7 @@ from octavo.plan import GroupInfo
 from octavo.server.admission import Admission, Ticket
 from octavo.server.config import ServerConfig
 from octavo.server.errors import ApiError
+from octavo.server.stream import Opened, Stream
 from octavo.server.timing import ORIGIN, Observer, Origin, Timing
 from octavo.text.chat import ChatTemplate
 from octavo.text.collector import Collector
@@ -36,8 +37,8 @@ logger = get_logger(__name__)
 
 OFF_LOOP_CHARS = 2_000
 """Texts from this length on are rendered and tokenised in a thread: a millisecond on the event loop delays every stream."""
-CHARS_PER_STEP, CHARS_PER_TOKEN = 60, 40
-"""What a Delta takes when it is written, about; for the bound on what waits for a slow reader."""
+IDLE_SECONDS = 0.02
+"""Between two looks at whether a server that ends has ended its requests."""
 
 
 class EngineLink(Protocol):
@@ -77,101 +78,6 @@ class Ask:
     cache_salt: str = ""
 
 
-@dataclass(slots=True)
-class Opened:
-    """An Ask on its way: its text and ids as they were computed."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: Sequence[int]
-    params: SamplingParams
-    timing: Timing
-    done: bool = False
-
-
-@dataclass(eq=False)
-class Stream:
-    """The answers to some prompts, as an async iterator over what came since the last look: (prompt number, Step).
-
-    Use it as ``async with``: leaving aborts what still runs. Iterating raises ApiError when it cannot go on.
-    """
-
-    service: "Service"
-    ticket: Ticket
-    opened: list[Opened]
-    cut: Callable[[], None] | None
-    open: int
-    size: int = 0
-    since: float = 0.0
-    error: Exception | None = None
-    begun: bool = False
-    _news: list[tuple[int, Step]] = field(default_factory=list)
-    _waiter: asyncio.Future[None] | None = None
-    _timers: list[asyncio.TimerHandle] = field(default_factory=list)
-
-    def __aiter__(self) -> "Stream":
-        return self
-
-    async def __anext__(self) -> list[tuple[int, Step]]:
-        while not self._news:
-            if self.error is not None:
-                raise self.error
-            if not self.open:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        news, self._news, self.size = self._news, [], 0
-        return news
-
-    async def __aenter__(self) -> "Stream":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
-
-    def push(self, number: int, step: Step, now: float) -> None:
-        """Take a Step in; whoever waits is woken once."""
-        if not self._news:
-            self.since = now
-        self._news.append((number, step))
-        for delta in step.deltas:
-            self.size += CHARS_PER_STEP + len(delta.text) + CHARS_PER_TOKEN * len(delta.token_ids)
-        self._wake()
-
-    def fail(self, error: Exception) -> None:
-        """End with an error, after what has already come; the engine drops what runs."""
-        if self.error is None:
-            self.error = error
-            self._release("error")
-        self._wake()
-
-    def close(self) -> None:
-        """Nobody reads any more."""
-        if self.error is None:
-            self.error = RuntimeError("the stream was left")  # for a second reader, which would be a bug
-        self._release("abort")
-
-    def arm(self, timer: asyncio.TimerHandle) -> None:
-        """Remember a deadline; it is cancelled when the stream is over."""
-        self._timers.append(timer)
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _release(self, reason: str) -> None:
-        for timer in self._timers:
-            timer.cancel()
-        self._timers.clear()
-        for opened in self.opened:
-            if not opened.done:
-                self.service.drop(opened, reason)
-        self.ticket.leave()
-
-
 class Service:
     """One per API process.
 
@@ -185,7 +91,7 @@ class Service:
 
     def __init__(self, config: EngineConfig, server: ServerConfig, link: EngineLink, observer: Observer) -> None:
         self.config, self.server, self.link, self.observer = config, server, link, observer
-        self.admission = Admission(server.max_queued_requests, server.max_queued_tokens)
+        self.admission = Admission(server.max_queued_requests, server.max_queued_tokens, server.max_held_bytes)
         self.tokenizer: Tokenizer | None = None
         self.template: ChatTemplate | None = None
         self._intake: Intake | None = None
@@ -193,9 +99,9 @@ class Service:
         self._streams: dict[str, tuple[Stream, int]] = {}
         self._numbers = itertools.count()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="octavo-text")
+        self._lookups = ThreadPoolExecutor(1, thread_name_prefix="octavo-lookup")
+        self._num_jobs = 0
         self.num_dropped = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     def equip(self, intake: Intake, template: ChatTemplate | None) -> None:
         """Give the service the model's text side."""
@@ -221,29 +127,39 @@ class Service:
         """Streams that are open."""
         return len(self.admission.tickets)
 
-    async def off_loop(self, size: int, work: Callable[..., T], *args: Any) -> T:
-        """Run text work: in a thread when it is long, so that no stream waits for it."""
+    async def off_loop(self, size: int, work: Callable[..., T], *args: Any, lookup: bool = False) -> T:
+        """Run text work: in a thread when it is long, so that no stream waits for it.
+
+        Args:
+            lookup: nothing is generated from it; it has a thread of its own, and requests that generate do not wait for it.
+
+        Raises:
+            CapacityError: as much text waits for a thread as may.
+        """
         if size < OFF_LOOP_CHARS:
             return work(*args)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+        if self._num_jobs >= self.server.max_queued_requests:
+            raise self.admission.refusal(f"{self._num_jobs} texts wait to be read")
+        self._num_jobs += 1
+        job = asyncio.get_running_loop().run_in_executor(self._lookups if lookup else self._threads, work, *args)
+        job.add_done_callback(self._job_done)
+        return await job
 
     async def open(self, ticket: Ticket, asks: Sequence[Ask], *, timeout: float | None = None,
                    cut: Callable[[], None] | None = None) -> Stream:
         """Start to answer prompts. Either all of them start or none.
 
         Args:
-            ticket: of the admission; the stream leaves it. timeout: seconds that the request may take in all.
+            ticket: of the admission; the stream leaves it. timeout: seconds that the request may take from its arrival on.
             cut: breaks the client's connection; called when the client does not read.
 
         Raises:
             RequestError: a prompt or a parameter is refused. CapacityError: too much waits. ApiError: no engine.
         """
-        now = time.monotonic()
         size = sum(map(_weight, asks))
-        requests, opened = await self.off_loop(size, self._prepare, list(asks), now, ORIGIN.get())
-        ticket.weigh(sum(len(request.prompt_token_ids) for request in requests))
-        stream = Stream(self, ticket, opened, cut, len(opened))
-        self._idle.clear()
+        requests, opened = await self.off_loop(size, self._prepare, list(asks), ticket.since, ORIGIN.get())
+        ticket.wait(sum(len(request.prompt_token_ids) for request in requests))
+        stream = Stream(self.drop, ticket, opened, cut, len(opened))
         try:
             for number, (request, one) in enumerate(zip(requests, opened, strict=True)):
                 self.link.add(request)
@@ -253,7 +169,7 @@ class Service:
         except BaseException:
             stream.close()
             raise
-        self._set_deadlines(stream, now, timeout)
+        self._set_deadlines(stream, timeout)
         return stream
 
     def on_step(self, out: StepOutput) -> None:
@@ -296,7 +212,6 @@ class Service:
                 timing.reasons.append(reason)
                 self.observer.finished(timing, reason)
             self.observer.closed(timing)
-        self._check_idle()
 
     def abort_all(self, message: str) -> None:
         """End every stream with an error, at the end of a shutdown."""
@@ -304,14 +219,17 @@ class Service:
             stream.fail(ApiError(503, message))
 
     async def wait_idle(self) -> None:
-        """Wait until no request is open."""
-        while self._streams:
-            self._idle.clear()
-            await self._idle.wait()
+        """Wait until no request is inside, in whatever state; for the end of the server, so it looks now and then."""
+        while self.admission.tickets:
+            await asyncio.sleep(IDLE_SECONDS)
 
     def close(self) -> None:
         """Give the threads back."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._lookups):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _job_done(self, job: "asyncio.Future[Any]") -> None:
+        self._num_jobs -= 1
 
     def _prepare(self, asks: list[Ask], arrival: float,
                  origin: Origin | None) -> tuple[list[EngineRequest], list[Opened]]:
@@ -331,14 +249,15 @@ class Service:
             opened.append(Opened(name, ready.prompt, request.prompt_token_ids, request.params, timing))
         return requests, opened
 
-    def _set_deadlines(self, stream: Stream, now: float, timeout: float | None) -> None:
+    def _set_deadlines(self, stream: Stream, timeout: float | None) -> None:
         loop, server = asyncio.get_running_loop(), self.server
+        passed = time.monotonic() - stream.ticket.since
         limits = [limit for limit in (timeout, server.request_timeout) if limit is not None]
         if limits:
             total = min(limits)
-            stream.arm(loop.call_later(total - (time.monotonic() - now), self._expire, stream, total))
+            stream.arm(loop.call_later(total - passed, self._expire, stream, total))
         if server.queue_timeout is not None:
-            stream.arm(loop.call_later(server.queue_timeout - (time.monotonic() - now), self._expire_queued, stream))
+            stream.arm(loop.call_later(server.queue_timeout - passed, self._expire_queued, stream))
 
     def _expire(self, stream: Stream, seconds: float) -> None:
         if stream.begun:
@@ -369,7 +288,6 @@ class Service:
             stream.open -= 1
             del self._streams[opened.request_id]
             self.observer.closed(timing)
-            self._check_idle()
         stream.push(number, step, now)
         if stream.size > self.server.max_stream_buffer or now - stream.since > self.server.send_timeout:
             logger.warning("a reader stood still and was dropped")
@@ -377,10 +295,6 @@ class Service:
             stream.fail(ApiError(500, "The client did not read its answer."))
             if stream.cut is not None:
                 stream.cut()
-
-    def _check_idle(self) -> None:
-        if not self._streams:
-            self._idle.set()
 
 
 def _weight(ask: Ask) -> int:

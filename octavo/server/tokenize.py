@@ -10,13 +10,11 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from octavo.errors import RequestError
-from octavo.server.http import read_json_body, run_until_disconnect
+from octavo.server.exchange import look_up
 from octavo.server.models import check_model
 from octavo.server.prompting import Conversation
 from octavo.server.sampling_fields import need_tokenizer
 from octavo.server.service import Service
-from octavo.server.sse import send_json
-from octavo.server.strict import decode
 from octavo.server.turn import prompt_of
 
 
@@ -99,16 +97,12 @@ def detokenized(service: Service, request: DetokenizeRequest) -> bytes:
 
 async def tokenize(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
     """POST /tokenize."""
-    body = await read_json_body(scope, receive, service.server)
-    request = decode(body, TokenizeRequest, max_depth=service.server.max_json_depth)
-    await send_json(send, await run_until_disconnect(receive, service.off_loop(len(body), tokenized, service, request)))
+    await look_up(service, scope, receive, send, TokenizeRequest, tokenized)
 
 
 async def detokenize(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
     """POST /detokenize."""
-    body = await read_json_body(scope, receive, service.server)
-    request = decode(body, DetokenizeRequest, max_depth=service.server.max_json_depth)
-    await send_json(send, await run_until_disconnect(receive, service.off_loop(len(body), detokenized, service, request)))
+    await look_up(service, scope, receive, send, DetokenizeRequest, detokenized)
 
 
 ROUTES = (("POST", "/tokenize", tokenize), ("POST", "/detokenize", detokenize))

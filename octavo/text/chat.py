@@ -217,7 +217,8 @@ def _message(value: Any, template: str) -> dict[str, Any]:
         raise RequestError(f"messages: role must be one of {', '.join(ROLES)}, got {role!r:.200}.", "messages")
     if "content" not in message and not message.get("tool_calls"):
         raise RequestError(f"messages: content is missing in a message of role {role}.", "messages")
-    content = message.get("content", "")
+    # Beside tool calls there need not be any, and templates that know none would stumble over what is not there.
+    content = message.setdefault("content", "")
     parts = content if isinstance(content, list) else []
     if not isinstance(content, (str, list)) or not all(isinstance(part, dict) for part in parts):
         raise RequestError(f"messages: content must be a string or a list of parts, got {content!r:.200}.", "messages")

@@ -5,9 +5,11 @@ leftmost first, the longest of those that begin there.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 Span = tuple[int, int]
+STRETCH = 1 << 14
+"""Characters that are searched at a time: while the library searches, no other thread runs."""
 
 
 class Controls:
@@ -28,6 +30,7 @@ class Controls:
         # A lookahead finds occurrences that overlap, too.
         self._overlapping = re.compile(f"(?=({self._special.pattern}))")
         self._max = max(map(len, self.special), default=0)
+        self._reach = max(map(len, every), default=0) + 1  # one more, which a whole word must not go on with
         self._heads = {text[:k] for text in self.special for k in range(1, len(text))}
         self._tails = {text[k:] for text in self.special for k in range(1, len(text))}
         self._joined = "\0".join(self.special)
@@ -35,13 +38,13 @@ class Controls:
     def find(self, text: str, start: int = 0, end: int | None = None) -> list[Span]:
         """Where the tokenizer would see a control token in text[start:end]."""
         end = len(text) if end is None else end
-        return [m.span() for m in self._any.finditer(text, start, end) if m.group() in self.special]
+        return [m.span() for m in self._matches(self._any, text, start, end) if m.group() in self.special]
 
     def whole(self, text: str) -> list[Span]:
         """Every place of a control string, united where they overlap."""
-        if self._special.search(text) is None:
+        if next(self._matches(self._special, text, 0, len(text)), None) is None:
             return []
-        return _unite((m.start(1), m.end(1)) for m in self._overlapping.finditer(text))
+        return _unite((m.start(1), m.end(1)) for m in self._matches(self._overlapping, text, 0, len(text)))
 
     def parts(self, text: str) -> list[Span]:
         """Beginnings and ends of a text that could become a control string together with what is put around it."""
@@ -52,6 +55,16 @@ class Controls:
         tail = next((k for k in reach if text[:k] in self._tails), 0)
         head = next((k for k in reach if text[size - k :] in self._heads), 0)
         return [span for span in ((0, tail), (size - head, size)) if span[0] < span[1]]
+
+    def _matches(self, pattern: re.Pattern[str], text: str, start: int, end: int) -> Iterator[re.Match[str]]:
+        """``pattern.finditer``, a stretch at a time."""
+        for cut in range(start + STRETCH, end + STRETCH, STRETCH):
+            for match in pattern.finditer(text, start, min(cut + self._reach, end)):
+                if match.start() >= cut:
+                    break
+                yield match
+                start = match.end()
+            start = max(start, cut)
 
 
 def _pattern(text: str, whole_word: bool) -> str:

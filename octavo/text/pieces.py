@@ -11,6 +11,7 @@ is broken; we replace the broken ones only, because the start of a run has been 
 
 import codecs
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -20,6 +21,8 @@ Kind = Literal["bytes", "spaces", "other"]
 CONTEXT_TOKENS = 4
 # An "other" decoder may end in U+FFFD for good; after so many tokens it is believed.
 PATIENCE = 8
+# Normalizers that take no character away; normal forms join up to four to one.
+LENGTHENING = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "ByteLevel"})
 
 
 class TextStream(Protocol):
@@ -115,6 +118,17 @@ class Pieces:
             return bytes.fromhex(piece[3:5])
         return str(piece).replace(self.space, " ").encode() if self.space else str(piece).encode()
 
+    def longest(self, vocab_size: int) -> int | None:
+        """The most characters that a token stands for; None where a run of characters of any length may become one token.
+
+        Normal forms can join up to four characters to one, so a piece counts as what it may have been made of.
+        """
+        whole = all(self.backend.token_to_id(char) is not None for char in BYTE_OF) if self.kind == "bytes" else self.fallback
+        if self.kind == "other" or not whole or not _keeps_length(self.backend.normalizer):
+            return None
+        texts = (self.make(token).decode("utf-8", "replace") for token in range(vocab_size))
+        return max(4, *(len(unicodedata.normalize("NFKD", text)) for text in texts))
+
     def table(self, skip_special: bool) -> _Table:
         """id -> bytes with or without the special tokens."""
         return self.shown if skip_special else self.all
@@ -138,6 +152,16 @@ class Pieces:
             return "".join(map(stream.push, ids)) + stream.finish()
         text = (pending + b"".join(map(table.__getitem__, ids))).decode("utf-8", "replace")
         return text[1:] if at_start and self.lead == "strip" and text.startswith(" ") else text
+
+
+def _keeps_length(normalizer: Any) -> bool:
+    """Whether nothing that it does makes a text shorter but the joining of characters to one."""
+    state: dict[str, Any] = {} if normalizer is None else json.loads(normalizer.__getstate__())
+    for part in state.get("normalizers", [state] if state else []):
+        old = part.get("pattern", {}).get("String", "") if part["type"] == "Replace" else None
+        if part["type"] not in LENGTHENING and not (old and len(part["content"]) >= len(old)):
+            return False
+    return True
 
 
 def context(table: _Table, after: Sequence[int]) -> tuple[bytes, bool]:

@@ -51,8 +51,11 @@ class Plain:
 
     def encode(self, text: str, add_special_tokens: bool = False, field: str = "prompt") -> list[int]:
         """Ids of a text in which only aliases are control tokens; ``field`` names the text in an error."""
-        encoding = self._copy.encode(text, add_special_tokens=add_special_tokens)
-        ids = list(encoding.ids)
+        # A batch of one, because then other threads run meanwhile.
+        ids: list[int] = self._copy.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        if self._special.isdisjoint(ids):
+            return self._resolve(ids)
+        encoding = self._copy.encode_batch([text], add_special_tokens=add_special_tokens)[0]  # the slow one counts offsets
         mask = encoding.special_tokens_mask
         forged = [i for i, token in enumerate(ids) if token in self._special and not mask[i]]
         if not forged:

@@ -53,7 +53,7 @@ async def converse(body: bytes, *, breaks_at: int = -1, full: bool = False, salt
     options = {"max_queued_requests": 1} if full else {}
     service, link = make_service(texts("a" * 9, end=False), server=options)
     if full:
-        service.admission.enter()
+        service.admission.enter().wait(1)
     made: list[Words] = []
 
     def begin(*given: Any) -> Words:

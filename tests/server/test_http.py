@@ -247,13 +247,13 @@ def part(body: bytes, more: bool) -> Message:
 
 def test_reading_a_body_by_itself() -> None:
     scope, limits = {"headers": []}, ServerConfig(max_body_bytes=10)
-    assert asyncio.run(read_json_body(scope, receiving(part(b"a", True), part(b"b", False)), limits)) == b"ab"
-    assert asyncio.run(read_json_body(scope, receiving({"type": "http.request"}), limits)) == b""
+    assert asyncio.run(read_json_body(scope, receiving(part(b"a", True), part(b"b", False)), limits, lambda size: None)) == b"ab"
+    assert asyncio.run(read_json_body(scope, receiving({"type": "http.request"}), limits, lambda size: None)) == b""
     with pytest.raises(ApiError) as caught:
-        asyncio.run(read_json_body(scope, receiving(part(b"x" * 6, True), part(b"x" * 5, True)), limits))
+        asyncio.run(read_json_body(scope, receiving(part(b"x" * 6, True), part(b"x" * 5, True)), limits, lambda size: None))
     assert caught.value.status == 413
     with pytest.raises(ClientDisconnected):
-        asyncio.run(read_json_body(scope, receiving(part(b"a", True), GONE), limits))
+        asyncio.run(read_json_body(scope, receiving(part(b"a", True), GONE), limits, lambda size: None))
 
 
 # Clients that leave

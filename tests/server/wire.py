@@ -72,7 +72,7 @@ class App:
         await send_json(send, b'{"status":"ok"}')
 
     async def echo(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await read_json_body(scope, receive, self.config)
+        body = await read_json_body(scope, receive, self.config, lambda size: None)
         self.seen.append(body.decode("latin-1")[:40])
         self.scopes.append(scope)
         await send_json(send, json.dumps({"size": len(body), "path": scope["path"]}).encode())
@@ -81,7 +81,7 @@ class App:
         await send_json(send, b'{"early":true}')
 
     async def wait(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await read_json_body(scope, receive, self.config)
+        await read_json_body(scope, receive, self.config, lambda size: None)
         await run_until_disconnect(receive, self._for_ever())
 
     async def wait_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
