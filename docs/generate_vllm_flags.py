@@ -98,8 +98,9 @@ OWN = (
     "--api-key-file", "--metrics-auth", "--metrics-compat", "--request-timeout", "--queue-timeout", "--step-timeout",
     "--keep-alive", "--header-timeout", "--body-timeout", "--send-timeout", "--max-connections", "--max-queued-requests",
     "--max-queued-tokens", "--max-body-bytes", "--max-header-bytes", "--max-headers", "--max-json-depth", "--max-stream-buffer",
-    "--max-n", "--max-prompts", "--max-sequences", "--max-stop", "--max-stop-chars", "--max-logit-bias", "--batch-invariant",
-    "--debug-checksums",
+    "--max-held-bytes", "--max-n", "--max-prompts", "--max-sequences", "--max-logprob-entries", "--max-stop", "--max-stop-chars",
+    "--max-logit-bias", "--max-schema-bytes", "--max-schema-depth", "--max-regex-bytes", "--max-grammar-cache-bytes",
+    "--batch-invariant", "--debug-checksums",
 )
 
 

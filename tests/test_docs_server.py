@@ -265,6 +265,7 @@ def test_parsers_in_the_guide_are_those_that_exist() -> None:
 def test_bounds_of_structured_outputs_in_the_guide() -> None:
     page = section(text("serving.md"), "Structured outputs")
     for bound in (
-            f"at most {schema.MAX_BYTES >> 10} KiB and {schema.MAX_DEPTH} levels", f"a regex {grammar.MAX_REGEX_BYTES >> 10} KiB",
+            f"at most {schema.DEFAULT.schema_bytes >> 10} KiB and {schema.DEFAULT.schema_depth} levels",
+            f"a regex {schema.DEFAULT.regex_bytes >> 10} KiB",
             f"a grammar {grammar.MAX_GRAMMAR_BYTES >> 10} KiB", f"`multipleOf` at most {schema.MAX_MULTIPLE:,}"):
         assert bound in page, bound

@@ -58,7 +58,8 @@ enable_prompt_tokens_details enable_force_include_usage enable_log_requests max_
 disable_uvicorn_access_log metrics_compat otlp_traces_endpoint request_timeout queue_timeout shutdown_timeout
 step_timeout keep_alive header_timeout body_timeout send_timeout max_connections max_queued_requests
 max_queued_tokens max_held_bytes max_body_bytes max_header_bytes max_headers max_json_depth max_stream_buffer max_n max_prompts
-max_sequences max_stop max_stop_chars max_logit_bias
+max_sequences max_logprob_entries max_stop max_stop_chars max_logit_bias
+max_schema_bytes max_schema_depth max_regex_bytes max_grammar_cache_bytes
 """
 
 # command -> its own positionals and flags, beside those of EngineConfig and SamplingParams

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 
 from octavo.client.connection import Address, Client
@@ -44,7 +45,7 @@ class PrivateServer:
         try:
             self._process = subprocess.Popen(
                 [*command, *words, "--uds", path], stdin=subprocess.DEVNULL, stdout=STDERR, env=environment,
-                process_group=0, preexec_fn=_end_with_parent)
+                process_group=0, preexec_fn=partial(_end_with_parent, os.getpid()))
         except BaseException:
             self._folder.close()
             raise
@@ -80,6 +81,8 @@ class PrivateServer:
             self._folder.close()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     # In the child, before it becomes the server. Its own process group keeps Ctrl-C for the parent, which then stops it.
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it died before that line, and nobody will tell
+        os._exit(1)

@@ -58,7 +58,8 @@ class Ticket:
     def leave(self, done: bool = False) -> None:
         """It is over; ``done``: it was served to its end, and counts for the rate."""
         self.begin()
-        if self._admission.tickets.pop(self, None) is not None:
+        if self in self._admission.tickets:
+            del self._admission.tickets[self]
             self._admission.bytes -= self._bytes
             if done:
                 self._admission.note_end()

@@ -38,6 +38,7 @@ EARLY = ("starting", "fetching", "down")
 
 ENDING = "The server is shutting down."
 ECHO_SECONDS = 0.3
+READY_SECONDS = 0.02
 CLOSE_SECONDS = 3.0
 """How long connections may take to send what is left, once every stream has ended."""
 
@@ -76,10 +77,16 @@ class ApiProcess:
         self._http = HttpServer(server, app)
         self.metrics.watch(self.service, self._http)
 
-    async def serve(self) -> None:
-        """Answer until ``stop``, or until ``drain`` is done."""
+    async def serve(self, when_ready: bool = False) -> None:
+        """Answer until ``stop``, or until ``drain`` is done.
+
+        Args:
+            when_ready: not before the model is there; until then others answer on the same port.
+        """
         self._start(self._load_text())
         try:
+            while when_ready and not (self.ready.is_set() or self.health.draining or self._stopping):
+                await asyncio.sleep(READY_SECONDS)
             await self._http.serve(sockets=[self._sock])
         finally:
             for task in self._tasks:
@@ -138,7 +145,7 @@ class ApiProcess:
         """Read tokenizer and template, once the engine process has seen to it that the files are there."""
         await self._fetched.wait()
         try:
-            intake, template = await asyncio.to_thread(_read_text, self._config)
+            intake, template = await asyncio.to_thread(_read_text, self._config, self._server)
         except ConfigError as error:
             self._on_failed(str(error), EXIT_CONFIG)
             return
@@ -174,7 +181,8 @@ class HttpServer(uvicorn.Server):
             connection.shutdown()
 
 
-def _read_text(config: EngineConfig) -> tuple[Intake, ChatTemplate | None]:
+def _read_text(config: EngineConfig, server: ServerConfig) -> tuple[Intake, ChatTemplate | None]:
     source = resolve(config)
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(source, config)
-    return Intake(source, config, tokenizer), None if tokenizer is None else load_chat_template(tokenizer, config)
+    template = None if tokenizer is None else load_chat_template(tokenizer, config)
+    return Intake(source, config, tokenizer, server.grammar_limits), template

@@ -52,7 +52,7 @@ def build_app(service: Service, health: Health, metrics: Metrics, keys: Keys) ->
     """The ASGI application of one API process."""
     table: list[tuple[str, str, ASGIApp]] = [
         (method, path, _Api(handler, service, health)) for method, path, handler in APIS]
-    table += [(method, path, _Plain(handler)) for method, path, handler in Probes(health, service).routes()]
+    table += [(method, path, _Plain(handler)) for method, path, handler in Probes(health, metrics.num_open).routes()]
     table += [("GET", "/", _Plain(_page)), ("GET", "/metrics", _Plain(metrics.serve))]
     router = Router(_routes(table), redirect_slashes=False, default=unknown_route)
     return Gate(router, service.server, keys, metrics.http)

@@ -24,6 +24,7 @@ from octavo.server.sampling_fields import (
     Prompts,
     SamplingFields,
     check_fields,
+    check_length,
     check_timeout,
     constraint,
     make_asks,
@@ -103,12 +104,17 @@ class _Choice:
     stop_reason: int | str | None = None
 
 
-class _Prompt:
-    """One prompt as its echo shows it.
+class _Echo:
+    """One prompt as its choices show it.
 
     Args:
         text: as it was given, None where ids were; then the echo is their text.
+
+    Attributes:
+        logprobs: of its tokens, where they are asked for.
     """
+
+    logprobs: CompletionLogprobs | None = None
 
     def __init__(self, text: str | None, ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer) -> None:
         skip, spaces = params.skip_special_tokens, params.spaces_between_special_tokens
@@ -138,16 +144,21 @@ class CompletionExchange:
         self._params = params = to_params(
             request, service, max_tokens=1 if self._scores else max_tokens, structured=constraint(request, service),
             logprobs=request.logprobs, prompt_logprobs=max((k for k in about_prompt if k is not None), default=None))
+        for given in [request.prompt] if isinstance(request.prompt, str) else request.prompt[: service.server.max_prompts]:
+            if isinstance(given, str):
+                check_length(given, request.truncate_prompt_tokens, service)
         prompts = read_prompts(
             request.prompt, self._tokenizer, request.add_special_tokens is not False, service.server.max_prompts)
         prompts = truncated(prompts, request.truncate_prompt_tokens, params.max_tokens, service)
         self.asks = make_asks(
-            prompts, params, service, key_salt, explicit_max=request.max_tokens is not None, fields=request)
+            prompts, params, service, key_salt, explicit_max=request.max_tokens is not None, fields=request,
+            scored=params.n)
         self.timeout, self.streams = check_timeout(request.timeout), bool(request.stream)
         self._texts, self._ids = prompts.texts, prompts.ids
         self._names = TokenNames(self._tokenizer, bool(request.return_tokens_as_token_ids))
         self._choices = [_Choice() for _ in range(params.n * len(self._ids))]
         self._prompt_logprobs: dict[int, list[PositionLogprobs | None]] = {}
+        self._echoes: dict[int, _Echo] = {}
         self._counter = Counter(sum(map(len, self._ids)), service.server.enable_prompt_tokens_details)
         self._identity = new_identity("cmpl", request.request_id, model)
         self._chunks = Chunks(self._identity, "text_completion", self._counter, *usage_wishes(request, service.server))
@@ -180,7 +191,11 @@ class CompletionExchange:
 
     def answer(self) -> bytes:
         """The whole answer."""
-        choices = [self._whole(index, choice) for index, choice in enumerate(self._choices)]
+        asked, n = self._request.prompt_logprobs, self._params.n
+        scores = [] if asked is None else [
+            prompt_entries(self._prompt_logprobs[number], ids, asked) for number, ids in enumerate(self._ids)]
+        choices = [self._whole(index, choice, scores[index // n] if scores else None)
+                   for index, choice in enumerate(self._choices)]
         response = CompletionResponse(id=self._identity.id, created=self._identity.created, model=self._identity.model,
                                       choices=choices, usage=self._counter.usage())
         return msgspec.json.encode(response)
@@ -203,7 +218,7 @@ class CompletionExchange:
             piece.finish_reason, piece.stop_reason = delta.finish_reason and "length", None
         echo = None
         if self._request.echo and not choice.begun:
-            echo = _Prompt(self._texts[number], self._ids[number], self._params, self._tokenizer)
+            echo = self._echo(number)
             piece.text = echo.text + piece.text
         if (top := self._request.logprobs) is not None:
             if choice.offsets is None:
@@ -211,14 +226,23 @@ class CompletionExchange:
                     self._params.skip_special_tokens, self._params.spaces_between_special_tokens, self._ids[number])
                 choice.offsets = Offsets(stream, 0 if echo is None else len(echo.text))
             piece.logprobs = CompletionLogprobs()
-            if echo is not None:
-                piece.logprobs = self._names.completion(
-                    self._prompt_logprobs[number], self._ids[number], top, echo.offsets)
+            if echo is not None and echo.logprobs is not None:
+                piece.logprobs.extend(echo.logprobs)
             if not self._scores:
                 offsets = choice.offsets.take(delta.token_ids)
                 piece.logprobs.extend(self._names.completion(delta.logprobs or [], delta.token_ids, top, offsets))
         choice.begun = True
         return piece
+
+    def _echo(self, number: int) -> _Echo:
+        """A prompt's echo, which is the same for all of its choices."""
+        echo = self._echoes.get(number)
+        if echo is None:
+            ids = self._ids[number]
+            echo = self._echoes[number] = _Echo(self._texts[number], ids, self._params, self._tokenizer)
+            if (top := self._request.logprobs) is not None:
+                echo.logprobs = self._names.completion(self._prompt_logprobs[number], ids, top, echo.offsets)
+        return echo
 
     def _chunk(self, index: int, piece: Piece) -> bytes:
         number = index // self._params.n
@@ -233,15 +257,12 @@ class CompletionExchange:
                 self._choices[index].told = True
         return self._chunks.full(index, body, piece.finish_reason, piece.stop_reason, piece.logprobs, extra)
 
-    def _whole(self, index: int, choice: _Choice) -> CompletionChoice:
+    def _whole(self, index: int, choice: _Choice, scores: PromptLogprobs | None) -> CompletionChoice:
         number, request = index // self._params.n, self._request
-        asked, entries = request.prompt_logprobs, None
-        if asked is not None:
-            entries = prompt_entries(self._prompt_logprobs[number], self._ids[number], asked)
         return CompletionChoice(
             index=index, text="".join(choice.texts), logprobs=choice.logprobs, finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason, token_ids=choice.token_ids if request.return_token_ids else None,
-            prompt_token_ids=self._ids[number] if request.return_token_ids else None, prompt_logprobs=entries)
+            prompt_token_ids=self._ids[number] if request.return_token_ids else None, prompt_logprobs=scores)
 
 
 def default_max_tokens(request: ParamFields) -> int:

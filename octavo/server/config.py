@@ -11,6 +11,7 @@ from typing import Any
 
 from octavo.config import add_flag, check_field, option
 from octavo.errors import ConfigError
+from octavo.text.schema import Limits
 
 COMPAT = ("vllm", "none")
 CONTENT_FORMATS = ("auto", "string", "openai")
@@ -69,9 +70,9 @@ class ServerConfig:
     body_timeout: float = option(30.0, "seconds that a client may pause within the body of a request")
     send_timeout: float = option(5.0, "seconds that a reader may stand still before it is dropped")
     # Limits.
-    max_connections: int = option(4096, "open connections", kind="int")
-    max_queued_requests: int = option(512, "requests that may wait; beyond: 503", kind="int")
-    max_queued_tokens: int = option(4_000_000, "prompt tokens that may wait; beyond: 503", kind="int")
+    max_connections: int = option(4096, "open connections of each API process", kind="int")
+    max_queued_requests: int = option(512, "requests that may wait, shared among API processes; beyond: 503", kind="int")
+    max_queued_tokens: int = option(4_000_000, "prompt tokens that may wait, shared among API processes; beyond: 503", kind="int")
     max_held_bytes: int = option(1 << 30, "bytes of the bodies of all requests together; beyond: 503", kind="int")
     max_body_bytes: int = option(32 << 20, "bytes of a request's body", kind="int")
     max_header_bytes: int = option(32 << 10, "bytes of a request's head", kind="int")
@@ -81,14 +82,25 @@ class ServerConfig:
     max_n: int = option(128, "continuations of one prompt", kind="int")
     max_prompts: int = option(1024, "prompts of one request", kind="int")
     max_sequences: int = option(1024, "prompts times continuations of one request", kind="int")
+    max_logprob_entries: int = option(1_000_000, "logprobs that one answer may hold", kind="int")
     max_stop: int = option(16, "stop strings of a request", kind="int")
     max_stop_chars: int = option(256, "characters of a stop string", kind="int")
     max_logit_bias: int = option(1024, "entries of logit_bias", kind="int")
+    # How long compiling may take is no flag: these bound it.
+    max_schema_bytes: int = option(64 << 10, "bytes of a JSON schema, a tool's too; bounds how long compiling takes", kind="int")
+    max_schema_depth: int = option(64, "depth of nesting in a JSON schema", kind="int")
+    max_regex_bytes: int = option(4 << 10, "bytes of a regex; bounds how long compiling takes", kind="int")
+    max_grammar_cache_bytes: int = option(256 << 20, "bytes that remembered schemas, regexes and grammars may take", kind="int")
 
     def __post_init__(self) -> None:
         for f in fields(self):
             check_field(f, getattr(self, f.name))
         _check_ranges(self)
+
+    @property
+    def grammar_limits(self) -> Limits:
+        """The limits of constraints, as the text side takes them."""
+        return Limits(self.max_schema_bytes, self.max_schema_depth, self.max_regex_bytes, self.max_grammar_cache_bytes)
 
     def replace(self, **changes: Any) -> "ServerConfig":
         """A copy with other values, validated again."""
@@ -141,6 +153,7 @@ def _check_ranges(c: ServerConfig) -> None:
     for f in fields(c):
         if f.name.startswith("max_") and f.name != "max_log_len":
             need(f.name, getattr(c, f.name) >= 1, "at least 1")
-    # Ranges that SamplingParams holds by itself can be made narrower here and not wider.
-    for name, most in (("max_n", 128), ("max_stop", 16), ("max_stop_chars", 256), ("max_logit_bias", 1024)):
+    # Ranges that SamplingParams holds by itself can be made narrower here and not wider; compiling must not take many seconds.
+    for name, most in (("max_n", 128), ("max_stop", 16), ("max_stop_chars", 256), ("max_logit_bias", 1024),
+                       ("max_schema_bytes", 256 << 10), ("max_schema_depth", 120), ("max_regex_bytes", 16 << 10)):
         need(name, getattr(c, name) <= most, f"at most {most}")

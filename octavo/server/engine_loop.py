@@ -11,6 +11,7 @@ to the client that sent it and to no other.
 import gc
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -37,6 +38,8 @@ from octavo.server.ipc import (
     Stepped,
     decode_request,
     encode_output,
+    encode_request,
+    is_abort,
 )
 from octavo.text.tokenizer import load_tokenizer
 from octavo.worker.group import check_supported, for_serving, make_group
@@ -44,6 +47,9 @@ from octavo.worker.memory import resolve_device
 
 INTAKE_SECONDS = 0.02
 """How long messages may be taken in between two steps: a thousand new requests do not stop those that run."""
+
+MAX_BACKLOG = 20_000
+"""New requests that may wait here; the rest waits in the socket."""
 
 LOOK_SECONDS = 1.0
 """How often the loop looks whether its clients are still there."""
@@ -104,6 +110,8 @@ class EngineLoop:
         self._open: dict[bytes, set[str]] = {}  # of clients with unfinished requests
         self._cut: dict[bytes, bool] = {}  # clients that were cut off, and whether they have been told
         self._looked = self._counted = clock()
+        self._backlog: deque[tuple[bytes, bytes]] = deque()  # new requests that no turn had time for
+        self._gone: set[tuple[bytes, str]] = set()  # those of them that are not wanted any more
         self._places: tuple[list[tuple[str, int]], dict[bytes, Int32]] = ([], {})
         self._publish()
 
@@ -119,7 +127,7 @@ class EngineLoop:
     def turn(self) -> None:
         """Take in what has come, or wait for it where there is nothing else to do, and compute at most one step."""
         engine, vitals = self._engine, self._vitals
-        if not engine.has_work():
+        if not engine.has_work() and not self._backlog:
             self._publish()
             self._vitals.changed.set()  # idle: everybody hears of it now, not within a second
             self._socket.poll(int(1000 * LOOK_SECONDS) if self._cut else None)
@@ -143,13 +151,25 @@ class EngineLoop:
     # -- in ------------------------------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
+        """Take what has come off the socket: aborts at once, new requests in order and for a limited time.
+
+        An abort that stood in line behind a thousand new requests would let the engine work for clients that have left.
+        """
         until = self._clock() + INTAKE_SECONDS
-        while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        backlog = self._backlog
+        while len(backlog) < MAX_BACKLOG and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             client, *parts = self._socket.recv_multipart()
             for part in parts:
-                self._take(client, part)
+                if is_abort(part):
+                    self._take(client, part)
+                else:
+                    backlog.append((client, part))
+        while backlog:
+            self._take(*backlog.popleft())
             if self._clock() > until:
                 return
+        self._vitals.unknown_aborts += len(self._gone)
+        self._gone.clear()
 
     def _take(self, client: bytes, part: bytes) -> None:
         try:
@@ -182,10 +202,18 @@ class EngineLoop:
         else:
             self._owners[name] = client
             self._open.setdefault(client, set()).add(name)
+            if (client, name) in self._gone:
+                self._gone.discard((client, name))
+                self._engine.abort(name)
 
     def _abort(self, client: bytes, message: Abort) -> None:
         known = self._owners.get(message.request_id) == client
-        if not (known and self._engine.abort(message.request_id, message.index)):
+        if not known and self._backlog:  # it may stand there
+            if message.index is None:
+                self._gone.add((client, message.request_id))
+            else:
+                self._backlog.append((client, encode_request(message)))
+        elif not (known and self._engine.abort(message.request_id, message.index)):
             self._vitals.unknown_aborts += 1
 
     # -- out -----------------------------------------------------------------------------------------------------------

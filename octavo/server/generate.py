@@ -14,6 +14,7 @@ from octavo.server.exchange import News, serve
 from octavo.server.sampling_fields import (
     ParamFields,
     Prompts,
+    check_length,
     check_timeout,
     make_asks,
     need_tokenizer,
@@ -46,6 +47,7 @@ class GenerateExchange:
     def __init__(self, service: Service, request: GenerateRequest, key_salt: str) -> None:
         max_tokens = default_max_tokens(request) if request.max_tokens is None else request.max_tokens
         params = to_params(request, service, max_tokens=max_tokens, structured=plain_constraint(request, service))
+        check_length(request.prompt, None, service)
         prompts = Prompts([request.prompt], [need_tokenizer(service).encode(request.prompt)])
         self.asks = make_asks(prompts, params, service, key_salt, explicit_max=request.max_tokens is not None)
         self.timeout, self.streams = check_timeout(request.timeout), bool(request.stream)

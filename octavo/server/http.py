@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 OPEN_PATHS = frozenset({"/", "/health", "/ping", "/ready", "/readyz", "/livez"})
 """Paths that never need a key: the static page and the probes."""
+PROBE_PATHS = OPEN_PATHS - {"/"}
+"""Paths that are answered even when there are as many connections as may be."""
 QUIET_PATHS = OPEN_PATHS | {"/metrics"}
 """Paths whose requests are logged at DEBUG only."""
 CLIENT_LEFT = 499
@@ -113,7 +115,7 @@ class Gate:
             if name in _READ:
                 asked.setdefault(name, value)
         if self._root_path:
-            self._strip_root(scope)
+            scope["path"] = without_root(scope["path"], self._root_path)
         given = asked.get(b"x-request-id")
         request_id = given if given is not None and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16).encode()
         state = scope.setdefault("state", {})
@@ -161,12 +163,6 @@ class Gate:
                        if b"authorization" not in asked and b"x-api-key" not in asked else "The API key is not valid.",
                        code="invalid_api_key")
 
-    def _strip_root(self, scope: Scope) -> None:
-        """Both kinds of proxies work: those that pass the prefix on and those that take it off."""
-        path = scope["path"]
-        if path == self._root_path or path.startswith(self._root_path + "/"):
-            scope["path"] = path[len(self._root_path) :] or "/"
-
     async def _fail(self, scope: Scope, exc: Exception, answer: Send, started: bool) -> None:
         error = to_api_error(exc)
         if error is not exc and error.status == 500:
@@ -190,6 +186,13 @@ class Gate:
             client = scope.get("client") or ("-", 0)
             logger.log(level, "%s %s %d %.1f ms from %s:%d id %s", scope["method"], path, status, seconds * 1e3,
                        *client, scope["state"]["request_id"])
+
+
+def without_root(path: str, root_path: str) -> str:
+    """A path as the router sees it. Both kinds of proxies work: those that pass the prefix on and those that take it off."""
+    if path == root_path or path.startswith(root_path + "/"):
+        return path[len(root_path) :] or "/"
+    return path
 
 
 async def unknown_route(scope: Scope, receive: Receive, send: Send) -> None:

@@ -158,6 +158,7 @@ _requests = msgspec.msgpack.Encoder(enc_hook=_request_hook)
 _outputs = msgspec.msgpack.Encoder(enc_hook=_output_hook)
 _request = msgspec.msgpack.Decoder(Add | Abort)
 _output = msgspec.msgpack.Decoder(Stepped | Refused | CutOff)
+_ABORT = msgspec.msgpack.encode("type") + msgspec.msgpack.encode("abort")
 _heartbeat = msgspec.msgpack.Decoder(Heartbeat, dec_hook=_heartbeat_hook)
 
 
@@ -187,6 +188,11 @@ def decode_request(data: bytes) -> Add | Abort:
     if isinstance(message, Add) and not math.isfinite(message.request.arrival):
         raise BadFrame("the time of arrival is not finite")
     return message
+
+
+def is_abort(data: bytes) -> bool:
+    """Whether a message to the engine is an Abort, by its first bytes: the tag comes first."""
+    return data[1 : 1 + len(_ABORT)] == _ABORT
 
 
 def encode_output(message: Stepped | Refused | CutOff) -> bytes:

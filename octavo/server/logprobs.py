@@ -78,6 +78,7 @@ class TokenNames:
 
     def __init__(self, tokenizer: Tokenizer, as_ids: bool) -> None:
         self._tokenizer, self._as_ids = tokenizer, as_ids
+        self._bytes_of: dict[int, list[int]] = {}
 
     def name(self, token: int) -> str:
         """The name of one token."""
@@ -93,7 +94,10 @@ class TokenNames:
         return TokenLogprob(self.name(token), finite(position[token]), self._bytes(token), best)
 
     def _bytes(self, token: int) -> list[int]:
-        return list(self._tokenizer.token_bytes(token))
+        known = self._bytes_of.get(token)
+        if known is None:
+            known = self._bytes_of[token] = list(self._tokenizer.token_bytes(token))
+        return known
 
     def completion(self, positions: Sequence[PositionLogprobs | None], token_ids: Sequence[int], top: int,
                    offsets: list[int]) -> CompletionLogprobs:

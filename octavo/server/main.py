@@ -8,6 +8,7 @@ started, and with exit code 0 (asked to), 1 (the operator's mistake) or 70 (it c
 import asyncio
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -57,6 +58,7 @@ def run(engine: EngineConfig, server: ServerConfig) -> int:
     if not log.get_logger("octavo").hasHandlers():
         log.setup()
     log.detach()
+    _allow_files()
     sock = listen(server)
     try:
         return _run(_first(engine, server, sock, began))
@@ -64,6 +66,13 @@ def run(engine: EngineConfig, server: ServerConfig) -> int:
         sock.close()
         if server.uds is not None:
             Path(server.uds).unlink(missing_ok=True)
+
+
+def _allow_files() -> None:
+    """Connections are files, of which a shell allows fewer at first than may be."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _log.debug("up to %d open files, %d before", most, soft)
 
 
 async def _first(engine: EngineConfig, server: ServerConfig, sock: socket.socket, began: float) -> int:
@@ -151,7 +160,7 @@ async def _other(sibling: Sibling, ready: Callable[[], None]) -> int:
     front = ApiProcess(sibling.engine, sibling.server, Path(sibling.directory), sibling.number, sock, failed)
     _on_signals(front.drain)
     asyncio.get_running_loop().call_soon(ready)  # it answers; whether the engine does is not its own
-    await front.serve()
+    await front.serve(when_ready=True)
     return code
 
 

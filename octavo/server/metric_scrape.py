@@ -74,6 +74,10 @@ class Scrape(Collector):
                 for name in self._names(family):
                     yield self._metric(family, name, by_name[family.name])
 
+    def total(self, family: Family) -> float:
+        """One number of all processes."""
+        return self._unite(self._sheets()).get((family.name, ()), [0.0])[0]
+
     def first_pid(self) -> int:
         """Process id of the first API process, whose ``process_*`` are shown."""
         return self._pids(self._sheets()).get(0, 0)

@@ -225,6 +225,11 @@ class Metrics:
             body = await asyncio.to_thread(encode, self._registry, escaping=open_metrics.ALLOWUTF8)
         await Response(body, headers={"content-type": kind, "cache-control": "no-store"})(scope, receive, send)
 
+    async def num_open(self) -> int:
+        """Requests that wait or run, in all API processes."""
+        self._look()
+        return int(await asyncio.to_thread(self._scrape.total, names.OPEN_STREAMS))
+
     # -- by the clock --------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:

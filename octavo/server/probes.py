@@ -13,7 +13,6 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from octavo import __version__
-from octavo.server.service import Service
 from octavo.server.sse import send_json
 
 HEARTBEAT_LIMIT = 8.0
@@ -81,10 +80,14 @@ class Health:
 
 
 class Probes:
-    """The routes. Each is a raw ASGI application."""
+    """The routes. Each is a raw ASGI application.
 
-    def __init__(self, health: Health, service: Service) -> None:
-        self.health, self.service = health, service
+    Args:
+        num_open: requests that wait or run in the whole server.
+    """
+
+    def __init__(self, health: Health, num_open: Callable[[], Awaitable[int]]) -> None:
+        self.health, self._num_open = health, num_open
 
     def routes(self) -> Sequence[tuple[str, str, Callable[[Scope, Receive, Send], Awaitable[None]]]]:
         """(method, path, application)."""
@@ -110,8 +113,8 @@ class Probes:
         await send_json(send, msgspec.json.encode({"version": __version__}))
 
     async def load(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Requests that wait or run here."""
-        await send_json(send, msgspec.json.encode({"server_load": self.service.num_open}))
+        """Requests that wait or run, in all API processes."""
+        await send_json(send, msgspec.json.encode({"server_load": await self._num_open()}))
 
     async def _answer(self, send: Send, trouble: str) -> None:
         if not trouble:

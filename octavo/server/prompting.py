@@ -5,7 +5,7 @@ what a template does not know is refused by name and never dropped.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +58,8 @@ def choose_template(service: Service, given: str | None) -> ChatTemplate:
 
 
 def render(template: ChatTemplate, tokenizer: Tokenizer, conversation: Conversation, tools: list[dict[str, Any]] | None,
-           add_special_tokens: bool, content_format: str) -> tuple[str, list[int]]:
-    """The prompt's text and ids."""
+           add_special_tokens: bool, content_format: str, look: Callable[[str], None] | None = None) -> tuple[str, list[int]]:
+    """The prompt's text and ids; ``look`` as for ``chat_prompt``."""
     messages = [_message(message, number, content_format) for number, message in enumerate(conversation.messages)]
     source = template.source(tools)
     variables: dict[str, Any] = {}
@@ -71,7 +71,8 @@ def render(template: ChatTemplate, tokenizer: Tokenizer, conversation: Conversat
         variables.update(_effort(conversation.reasoning_effort, source))
     variables.update(conversation.template_kwargs or {})
     generates = conversation.add_generation_prompt
-    text, ids = chat_prompt(template, tokenizer, messages, tools, generates, conversation.continue_final_message, **variables)
+    text, ids = chat_prompt(
+        template, tokenizer, messages, tools, generates, conversation.continue_final_message, look, **variables)
     return text, surrounded(tokenizer, ids) if add_special_tokens else ids
 
 

@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from octavo.server.config import ServerConfig
 from octavo.server.connection import EXTENSION, Connection, Cycle, refusal
 from octavo.server.errors import ApiError
+from octavo.server.http import PROBE_PATHS, without_root
 
 MAX_URL = 8 << 10
 """Bytes of a request's target."""
@@ -32,12 +33,17 @@ MAX_OVERHEAD = 1 << 20
 """Bytes that the chunks of a body may take beside the body."""
 MIN_RATE = 8 << 10
 """Bytes per second that a body must come at, over each body_timeout."""
+RESERVE = 16
+"""Connections beyond max_connections that may ask the probes: however many clients there are, the server must not seem dead."""
+RESERVE_SECONDS = 1.0
+"""What such a connection may take for the head of its request."""
 LINGER = 2.0
 """Seconds in which a refused client may read the refusal; what it sends meanwhile is thrown away."""
 MAX_LINGERING = 256
 """Refused connections that get that time at once; beyond, a connection is cut."""
 
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=\-]+(?::[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?")
+_FULL = "The server has as many connections as it can take."
 _NOT_HTTP = "The request is not valid HTTP/1.1."
 
 
@@ -79,6 +85,7 @@ class Protocol(HttpToolsProtocol):
         self.fault: ApiError | None = None
         self.refused = False
         self.replayed = False
+        self.reserve = False
         self.requests = 0
         self.num_headers = self.head_bytes = self.raw_bytes = self.body_bytes = 0
         self.timer: asyncio.TimerHandle | None = None
@@ -91,9 +98,9 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.connection = Connection(transport, self.flow, self.finish)
-        if len(self.connections) > self.limits.max_connections:
-            self.connections.discard(self)
-            self._refuse(ApiError(503, "The server has as many connections as it can take."))
+        self.reserve = len(self.connections) > self.limits.max_connections
+        if len(self.connections) > self.limits.max_connections + RESERVE:
+            self._refuse(ApiError(503, _FULL))
         else:
             self._watch()
 
@@ -178,12 +185,15 @@ class Protocol(HttpToolsProtocol):
             "method": self.parser.get_method().decode("ascii"), "http_version": version, "raw_path": raw_path,
             "path": urllib.parse.unquote(raw_path.decode("ascii")), "query_string": path.query or b"",
         })
+        if self.reserve and without_root(self.scope["path"], self.limits.root_path) not in PROBE_PATHS:
+            self._fail(ApiError(503, _FULL))
+        keep_alive = version != "1.0" and self.parser.should_keep_alive() and not self.reserve
         self.phase = Phase.BODY
         self.cycle = cycle = Cycle(
             scope=self.scope, transport=cast(asyncio.Transport, self.connection), flow=self.flow, logger=self.logger,
             access_logger=self.access_logger, access_log=False, default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(), expect_100_continue=self.expect_100_continue,
-            keep_alive=version != "1.0" and self.parser.should_keep_alive(), on_response=self.on_response_complete,
+            keep_alive=keep_alive, on_response=self.on_response_complete,
         )
         cycle.connection = self.connection
         self.unfinished.append(cycle)
@@ -284,6 +294,8 @@ class Protocol(HttpToolsProtocol):
         """Read no more, and answer with an error when everything before it is answered."""
         self.refused, self.fault = True, error
         self._set_timer(None)
+        if self.reserve:  # its place is free for the next one while it lingers
+            self.connections.discard(self)
         if self.phase is Phase.BODY:
             if self.unfinished and self.unfinished[-1] is self.cycle:
                 self.unfinished.pop()
@@ -299,6 +311,7 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing() or self in self.lingering or self.fault is None:
             return
         path = self.url.partition(b"?")[0].decode("latin-1") if self.requests else ""
+        path = without_root(path, self.limits.root_path)
         self.transport.write(refusal(self.fault, path, self.server_state.default_headers))
         self._linger()
 
@@ -335,11 +348,12 @@ class Protocol(HttpToolsProtocol):
         if self.phase is Phase.BETWEEN and self.unfinished:
             self._set_timer(None)
         elif self.timer_of != (self.phase, self.requests):
+            patience = min(self.limits.header_timeout, RESERVE_SECONDS) if self.reserve else self.limits.header_timeout
             match self.phase:
                 case Phase.BETWEEN:
-                    self._set_timer(self.config.timeout_keep_alive if self.requests else self.limits.header_timeout, self.finish)
+                    self._set_timer(self.config.timeout_keep_alive if self.requests else patience, self.finish)
                 case Phase.HEAD:
-                    self._set_timer(self.limits.header_timeout, self._head_timeout)
+                    self._set_timer(patience, self._head_timeout)
                 case Phase.BODY:
                     self._set_timer(self.limits.body_timeout, self._body_timeout, self.body_bytes)
             self.timer_of = (self.phase, self.requests)

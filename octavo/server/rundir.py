@@ -2,7 +2,8 @@
 
 Owns the folder's place, its lock and its removal; it does not know the sockets. The folder itself is locked (flock) as long
 as its owner lives, and the kernel unlocks it when the owner dies in whatever way: that is how the next server of the same
-user tells a folder that was left behind from one that is in use. Programs that tidy up /tmp respect the same lock.
+user tells a folder that was left behind from one that is in use. Programs that tidy up /tmp respect the same lock. An owner
+that is killed cannot remove its folder, and the kernel kills its children with it: a shell of a line does, when its input ends.
 
 Invariant: a folder of ours that is not locked belongs to nobody.
 """
@@ -12,6 +13,7 @@ import fcntl
 import os
 import shutil
 import stat
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +47,7 @@ class RunDirectory:
             self.path, self._lock = _make(base)
         except OSError as error:
             raise ConfigError(f"no folder for sockets can be made in {base}: {error.strerror}.") from error
+        self._heir = _heir(self.path)
 
     def close(self) -> None:
         """Remove the folder. Closing twice is allowed."""
@@ -52,6 +55,8 @@ class RunDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
+            if self._heir is not None:
+                self._heir.communicate()
 
 
 def _make(base: Path) -> tuple[Path, int]:
@@ -63,6 +68,15 @@ def _make(base: Path) -> tuple[Path, int]:
             if path.exists():
                 return path, lock
             os.close(lock)
+
+
+def _heir(path: Path) -> subprocess.Popen[bytes] | None:
+    """A process that removes the folder when this one is gone; None where there is no shell: then the next server does."""
+    with contextlib.suppress(OSError):
+        return subprocess.Popen(
+            ["/bin/sh", "-c", 'trap "" HUP INT TERM; read -r _; rm -rf -- "$0"', path], stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={"PATH": os.defpath}, cwd="/", start_new_session=True)
+    return None
 
 
 def sweep(base: Path) -> list[Path]:

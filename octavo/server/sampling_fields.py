@@ -240,29 +240,54 @@ def _structured(name: str, values: Mapping[str, Any], service: Service) -> Struc
         wanted = StructuredOutputsParams(**known)
     except RequestError as error:
         raise RequestError(str(error), name, error.code) from None
-    check(wanted, need_tokenizer(service), name, service.intake.eos_token_ids)
+    check(wanted, need_tokenizer(service), name, service.intake.eos_token_ids, service.intake.limits)
     return wanted
 
 
 def make_asks(prompts: Prompts, params: SamplingParams, service: Service, key_salt: str, *, explicit_max: bool,
-              fields: SamplingFields | None = None) -> list[Ask]:
+              fields: SamplingFields | None = None, scored: int = 1) -> list[Ask]:
     """One Ask per prompt.
 
     Args:
         key_salt: keeps the prefix cache of this client's key apart; the request's own salt joins it.
         explicit_max: the client named max_tokens. fields: priority and cache_salt, where the API has them.
+        scored: how often the answer holds a prompt's logprobs.
 
     Raises:
-        RequestError: there are too many sequences.
+        RequestError: there are too many sequences, or could be too many logprobs.
     """
     sequences, most = len(prompts.ids) * params.width, service.server.max_sequences
     if sequences > most:
         raise RequestError(f"a request may have {most} sequences (prompts times n), got {sequences}.", "n")
+    _check_logprobs(prompts, params, service, scored)
     salt, priority = key_salt, 0
     if fields is not None:
         salt, priority = _salted(key_salt, fields.cache_salt), fields.priority or 0
     return [Ask({"prompt": text, "prompt_token_ids": ids}, params, explicit_max, priority, salt)
             for text, ids in zip(prompts.texts, prompts.ids, strict=True)]
+
+
+def _check_logprobs(prompts: Prompts, params: SamplingParams, service: Service, scored: int) -> None:
+    """Refuse what could have more logprobs than an answer may hold: each is kept until the answer is whole."""
+    most, room = service.server.max_logprob_entries, _room(service)
+
+    def per_token(asked: int | None) -> int:  # more alternatives than max_logprobs are refused elsewhere
+        return 0 if asked is None else min(asked, service.config.max_logprobs) + 1
+
+    of_prompts = sum(map(len, prompts.ids)) * scored * per_token(params.prompt_logprobs)
+    rooms = [max(0, room - len(ids)) for ids in prompts.ids]
+    tokens = sum(rooms if params.max_tokens is None else [min(params.max_tokens, free) for free in rooms])
+    of_outputs = tokens * params.width * per_token(params.logprobs)
+    if of_prompts + of_outputs > most:
+        name = "prompt_logprobs" if params.logprobs is None else "logprobs"
+        raise RequestError(f"{name}: the answer could hold {of_prompts + of_outputs} of them, and {most} are allowed here; ask "
+                           "for fewer alternatives, or for fewer or shorter continuations.", name)
+
+
+def _room(service: Service) -> int:
+    """Tokens that a prompt and its continuation may have together."""
+    info = service.info
+    return min(info.max_model_len, info.num_blocks * info.block_size)
 
 
 def _salted(key_salt: str, own: str | None) -> str:
@@ -281,13 +306,31 @@ def truncated(prompts: Prompts, keep: int | None, max_tokens: int | None, servic
     if keep is None:
         return prompts
     if keep == -1:
-        info = service.info
-        keep = max(1, min(info.max_model_len, info.num_blocks * info.block_size) - (max_tokens or 1))
+        keep = max(1, _room(service) - (max_tokens or 1))
     if keep < 1:
         raise RequestError(
             f"truncate_prompt_tokens must be -1 or a positive integer, got {keep!r:.200}.", "truncate_prompt_tokens")
     return Prompts([text if len(ids) <= keep else None for text, ids in zip(prompts.texts, prompts.ids, strict=True)],
                    [ids[-keep:] for ids in prompts.ids])
+
+
+def check_length(text: str, keep: int | None, service: Service) -> None:
+    """Refuse a text that cannot fit however it is tokenised, before that takes seconds.
+
+    Args:
+        keep: truncate_prompt_tokens; a prompt that is to be cut may be as long as it will.
+
+    Raises:
+        RequestError: with the code context_length_exceeded.
+    """
+    longest, tokenizer = _room(service), need_tokenizer(service)
+    if keep is not None or len(text) <= longest:
+        return
+    chars = tokenizer.chars_per_token
+    if chars is not None and len(text) > longest * chars:
+        raise RequestError(
+            f"prompt has {len(text)} characters, which make more than {longest} tokens, and no more can fit.",
+            "prompt", "context_length_exceeded")
 
 
 def check_timeout(timeout: float | None) -> float | None:

@@ -16,14 +16,14 @@ from typing import Any, Protocol, TypeVar
 
 from octavo.config import EngineConfig
 from octavo.engine.admission import check_request
-from octavo.errors import RequestError
+from octavo.errors import CapacityError, RequestError
 from octavo.log import get_logger
 from octavo.messages import EngineRequest, StepOutput
 from octavo.params import SamplingParams
 from octavo.plan import GroupInfo
 from octavo.server.admission import Admission, Ticket
 from octavo.server.config import ServerConfig
-from octavo.server.errors import ApiError
+from octavo.server.errors import INTERNAL, ApiError
 from octavo.server.stream import Opened, Stream
 from octavo.server.timing import ORIGIN, Observer, Origin, Timing
 from octavo.text.chat import ChatTemplate
@@ -91,7 +91,9 @@ class Service:
 
     def __init__(self, config: EngineConfig, server: ServerConfig, link: EngineLink, observer: Observer) -> None:
         self.config, self.server, self.link, self.observer = config, server, link, observer
-        self.admission = Admission(server.max_queued_requests, server.max_queued_tokens, server.max_held_bytes)
+        share = server.api_server_count  # each API process has its part of what may wait, rounded up
+        self.admission = Admission(-(-server.max_queued_requests // share), -(-server.max_queued_tokens // share),
+                                   -(-server.max_held_bytes // share))
         self.tokenizer: Tokenizer | None = None
         self.template: ChatTemplate | None = None
         self._intake: Intake | None = None
@@ -189,7 +191,11 @@ class Service:
                 stream.ticket.begin()
         for request_id, step in update.steps:
             if (entry := self._streams.get(request_id)) is not None:
-                self._deliver(*entry, step, now)
+                try:
+                    self._deliver(*entry, step, now)
+                except Exception:  # what goes wrong with one request must not cost the others their news
+                    logger.exception("request %s: its news could not be handed on", request_id)
+                    entry[0].fail(ApiError(500, INTERNAL))
 
     def on_refused(self, request_id: str, error: RequestError) -> None:
         """The engine does not take a request; a "server_error" is a bug of ours and no mistake of the client's."""
@@ -257,18 +263,18 @@ class Service:
             total = min(limits)
             stream.arm(loop.call_later(total - passed, self._expire, stream, total))
         if server.queue_timeout is not None:
-            stream.arm(loop.call_later(server.queue_timeout - passed, self._expire_queued, stream))
+            stream.arm(loop.call_later(server.queue_timeout - passed, self._expire_queued, stream, server.queue_timeout))
 
     def _expire(self, stream: Stream, seconds: float) -> None:
         if stream.begun:
             stream.fail(ApiError(504, f"The request was not done within {seconds:g} s.", param="timeout",
                                  headers={"x-should-retry": "false"}))
         else:
-            self._expire_queued(stream)
+            self._expire_queued(stream, seconds)
 
-    def _expire_queued(self, stream: Stream) -> None:
+    def _expire_queued(self, stream: Stream, seconds: float) -> None:
         if not stream.begun:
-            stream.fail(self.admission.refusal("the request did not start in time"))
+            stream.fail(CapacityError(f"The request did not start within {seconds:g} s.", self.admission.retry_after()))
 
     def _deliver(self, stream: Stream, number: int, step: Step, now: float) -> None:
         opened = stream.opened[number]
@@ -289,7 +295,8 @@ class Service:
             del self._streams[opened.request_id]
             self.observer.closed(timing)
         stream.push(number, step, now)
-        if stream.size > self.server.max_stream_buffer or now - stream.since > self.server.send_timeout:
+        stands = not stream.writing and now - stream.since > self.server.send_timeout
+        if stands or stream.size > self.server.max_stream_buffer:
             logger.warning("a reader stood still and was dropped")
             self.num_dropped += 1
             stream.fail(ApiError(500, "The client did not read its answer."))

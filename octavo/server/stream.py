@@ -39,7 +39,7 @@ class Stream:
         drop: ends a request that has not ended. ticket: of the admission. opened: the requests, by prompt number.
         cut: breaks the client's connection. open: how many of the requests have not ended.
         size, since: what waits to be read, in bytes about, and since when. error: why it cannot go on.
-        begun: one of the requests runs, or has run.
+        begun: one of the requests runs, or has run. writing: what was read is being written in a thread, which takes its time.
     """
 
     drop: Callable[[Opened, str], None]
@@ -51,6 +51,7 @@ class Stream:
     since: float = 0.0
     error: Exception | None = None
     begun: bool = False
+    writing: bool = False
     _news: list[tuple[int, Step]] = field(default_factory=list)
     _waiter: asyncio.Future[None] | None = None
     _timers: list[asyncio.TimerHandle] = field(default_factory=list)

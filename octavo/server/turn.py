@@ -5,7 +5,7 @@ shape of any API's answer: that is made of Pieces, streamed or folded. Invariant
 the same however the engine's steps cut its text.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from octavo.server.sampling_fields import (
     Prompts,
     SamplingFields,
     check_fields,
+    check_length,
     check_timeout,
     constraint,
     make_asks,
@@ -82,8 +83,9 @@ class Turn:
         server, self.tokenizer = service.server, need_tokenizer(service)
         check_fields(fields)
         rules = _Rules(service, self.tokenizer, conversation)
-        text, ids = rules.prompt(bool(fields.add_special_tokens))
-        wanted = rules.constrain(text, constraint(fields, service), service.intake.eos_token_ids)
+        text, ids = rules.prompt(
+            bool(fields.add_special_tokens), lambda text: check_length(text, fields.truncate_prompt_tokens, service))
+        wanted = rules.constrain(text, constraint(fields, service))
         self.params: SamplingParams = to_params(
             fields, service, max_tokens=max_tokens, structured=wanted, logprobs=logprobs,
             prompt_logprobs=fields.prompt_logprobs)
@@ -145,9 +147,10 @@ class _Rules:
 
     def __init__(self, service: Service, tokenizer: Tokenizer, conversation: Conversation) -> None:
         server, self._conversation, self._tokenizer = service.server, conversation, tokenizer
+        self._end_ids, self._limits = service.intake.eos_token_ids, service.intake.limits
         self._template = choose_template(service, conversation.chat_template)
         self._content_format = server.chat_template_content_format
-        self._tools: list[Tool] = check_tools(conversation.tools)
+        self._tools: list[Tool] = check_tools(conversation.tools, self._limits)
         self.choice: ToolChoice = check_tool_choice(conversation.tool_choice, self._tools)
         listed = [] if self.choice.mode == "none" else [dict(tool.definition) for tool in self._tools]
         self._shown_tools = listed or None
@@ -165,13 +168,12 @@ class _Rules:
                 raise RequestError("This model's chat template knows no tools; tool_choice must be required or a named "
                                    "function.", "tools")
 
-    def prompt(self, add_special_tokens: bool) -> tuple[str, list[int]]:
-        """The prompt's text and ids."""
+    def prompt(self, add_special_tokens: bool, look: Callable[[str], None] | None = None) -> tuple[str, list[int]]:
+        """The prompt's text and ids; ``look`` sees the text before it is tokenised."""
         return render(self._template, self._tokenizer, self._conversation, self._shown_tools, add_special_tokens,
-                      self._content_format)
+                      self._content_format, look)
 
-    def constrain(self, prompt_text: str, wanted: StructuredOutputsParams | None,
-                  end_ids: tuple[int, ...]) -> StructuredOutputsParams | None:
+    def constrain(self, prompt_text: str, wanted: StructuredOutputsParams | None) -> StructuredOutputsParams | None:
         """What the whole output must look like, once the prompt is there: its end says whether reasoning has begun.
 
         Args:
@@ -188,12 +190,19 @@ class _Rules:
                 raise RequestError("A grammar cannot be combined with tools.", "tools")
             self._reasoning_format = None  # it speaks of the whole output
         elif wanted is not None:
-            whole = check(wanted, self._tokenizer, "structured_outputs", end_ids).text
+            whole = self._check(wanted, "structured_outputs")
             answer = whole.removeprefix(HEADER).removeprefix("start: ")
         self.forced = force_calls(
             self.choice, self._tools, self._tool_format, parallel=self._conversation.parallel_tool_calls, answer=answer,
             special=special_texts(self._tokenizer), reasoning_format=self._reasoning_format, thinking_open=self._thinking)
-        return wanted if self.forced is None else StructuredOutputsParams(grammar=self.forced.grammar)
+        if self.forced is None:
+            return wanted
+        composed = StructuredOutputsParams(grammar=self.forced.grammar)
+        self._check(composed, "tools" if self._shown_tools else "structured_outputs")
+        return composed
+
+    def _check(self, wanted: StructuredOutputsParams, param: str) -> str:
+        return check(wanted, self._tokenizer, param, self._end_ids, self._limits).text
 
     @property
     def shows_special(self) -> bool:

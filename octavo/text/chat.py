@@ -7,7 +7,7 @@ of the rendered text.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,17 @@ class ChatTemplate:
 
 def chat_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: Messages, tools: Tools | None = None,
                 add_generation_prompt: bool = True, continue_final_message: bool | str = False,
-                /, **kwargs: Any) -> tuple[str, list[int]]:
-    """The prompt text and its ids; arguments and errors as ``ChatTemplate.render``.
+                look: Callable[[str], None] | None = None, /, **kwargs: Any) -> tuple[str, list[int]]:
+    """The prompt text and its ids; arguments and errors as ``ChatTemplate.render``, and ``look`` sees the text before it is
+    tokenised and may refuse it.
 
     Strings such as ``<|im_end|>`` inside anything the client sent (contents, names, arguments, tool schemas, kwargs)
     are encoded as plain text. RequestError if a template treats them so that they cannot be told from its own.
     """
     chat = template._inputs(messages, tools, add_generation_prompt, continue_final_message, kwargs)
     text = template._render(chat)
+    if look is not None:
+        look(text)
     for ascii_marks in (False, True):
         marker = Marker(tokenizer.controls, text, ascii_marks)
         marked = _Chat(

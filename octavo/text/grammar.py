@@ -9,6 +9,7 @@ Invariant: what ``check`` returns compiles, within milliseconds to a second, and
 
 import json
 import re
+import sys
 import threading
 from collections import OrderedDict
 from typing import Any
@@ -19,13 +20,14 @@ from octavo.errors import RequestError
 from octavo.messages import Grammar
 from octavo.params import StructuredOutputsParams
 from octavo.text.matcher import compile_grammar
-from octavo.text.schema import SchemaError, check_bounds, read_schema, relax
+from octavo.text.schema import DEFAULT, Limits, SchemaError, check_bounds, read_schema, relax
 from octavo.text.vocabulary import Tokenizer
 
 MAX_GRAMMAR_BYTES = 64 * 1024
-MAX_REGEX_BYTES = 4 * 1024
-MAX_MESSAGE = 500
-MAX_CACHE_BYTES = 64 * 2**20
+MAX_ECHO = 200
+"""Characters of a message of the library, which repeats what it was given."""
+ENTRY_BYTES = 1024
+"""What is remembered of a constraint beside its text, about."""
 
 HEADER = '%llguidance {"no_forcing": true}\n'
 # A model that has lost its way can put out white space for ever; this much is more than any indentation needs.
@@ -38,7 +40,8 @@ class GrammarError(ValueError):
     """A constraint that cannot be used; the message says why."""
 
 
-def check(params: StructuredOutputsParams, tokenizer: Tokenizer, param: str, end_ids: tuple[int, ...] | None = None) -> Grammar:
+def check(params: StructuredOutputsParams, tokenizer: Tokenizer, param: str, end_ids: tuple[int, ...] | None = None,
+          limits: Limits = DEFAULT) -> Grammar:
     """Compile a constraint once and return its grammar.
 
     The first call for a tokenizer takes up to a second more; calls from several threads are fine.
@@ -53,24 +56,23 @@ def check(params: StructuredOutputsParams, tokenizer: Tokenizer, param: str, end
     try:
         if tokenizer.kind == "other" or not any(token < tokenizer.vocab_size for token in end_ids):
             raise GrammarError("this model's tokenizer does not support it: it has no end token, or an unknown decoder")
-        grammar = _normalise(params)
+        grammar = _normalise(params, limits)
         if not _checked.seen((grammar, tokenizer, end_ids)):
             _try(grammar, tokenizer, end_ids)
-            _checked.add((grammar, tokenizer, end_ids), 2 * len(grammar.text))
+            _checked.add((grammar, tokenizer, end_ids), ENTRY_BYTES + sys.getsizeof(grammar.text), limits.cache_bytes)
     except (GrammarError, SchemaError) as error:
-        message = f"{param} cannot be used: {error}"
-        raise RequestError(message if len(message) < MAX_MESSAGE else message[: MAX_MESSAGE - 4] + " ...", param) from error
+        raise RequestError(f"{param} cannot be used: {error}", param) from error
     return grammar
 
 
-def _normalise(params: StructuredOutputsParams) -> Grammar:
+def _normalise(params: StructuredOutputsParams, limits: Limits) -> Grammar:
     if params.json is not None:
-        schema = relax(read_schema(params.json), closed=params.disable_additional_properties)
-        return Grammar("json", _json(schema, params))
+        schema = relax(read_schema(params.json, limits), closed=params.disable_additional_properties)
+        return Grammar("json", _json(schema, params, limits))
     if params.json_object is not None:
-        return Grammar("json_object", _json({"type": "object"}, params))
+        return Grammar("json_object", _json({"type": "object"}, params, limits))
     if params.regex is not None:
-        _bound("the regex", params.regex, MAX_REGEX_BYTES)
+        _bound("the regex", params.regex, limits.regex_bytes)
         return Grammar("regex", f"{HEADER}start: /{_in_slashes(params.regex)}/")
     if params.choice is not None:
         if not params.choice or not all(params.choice):
@@ -79,21 +81,21 @@ def _normalise(params: StructuredOutputsParams) -> Grammar:
         _bound("choice", words, MAX_GRAMMAR_BYTES)
         return Grammar("choice", f"{HEADER}start: /(?:{words})/")
     assert params.grammar is not None
-    _bound("the grammar", params.grammar, MAX_GRAMMAR_BYTES)
-    return Grammar("grammar", _lark(params.grammar))
+    _bound("the grammar", params.grammar, max(MAX_GRAMMAR_BYTES, limits.schema_bytes))  # it may hold schemas
+    return Grammar("grammar", _lark(params.grammar, limits))
 
 
-def _json(schema: dict[str, Any], params: StructuredOutputsParams) -> str:
+def _json(schema: dict[str, Any], params: StructuredOutputsParams, limits: Limits) -> str:
     options: dict[str, Any] = {"whitespace_pattern": WHITESPACE}
     if params.disable_any_whitespace:
         options = {"whitespace_flexible": False}
     elif params.whitespace_pattern is not None:
-        _bound("whitespace_pattern", params.whitespace_pattern, MAX_REGEX_BYTES)
+        _bound("whitespace_pattern", params.whitespace_pattern, limits.regex_bytes)
         options = {"whitespace_pattern": params.whitespace_pattern}
     return f"{HEADER}start: %json {json.dumps({**schema, 'x-guidance': options})}"
 
 
-def _lark(text: str) -> str:
+def _lark(text: str, limits: Limits) -> str:
     """A grammar as the caller wrote it, in Lark's notation and without forced tokens."""
     if not _LARK.search(text):
         text = _from_gbnf(text)
@@ -104,7 +106,7 @@ def _lark(text: str) -> str:
             raise SchemaError("a %json block is nested too deep") from error
         except ValueError:
             continue  # a %json in a comment or a string; a block that is broken will not compile
-        check_bounds(block)
+        check_bounds(block, limits)
     found = _OPTIONS.search(text)
     if found is None:
         return HEADER + text
@@ -129,13 +131,18 @@ def _try(grammar: Grammar, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> No
     matcher = compile_grammar(grammar.text, tokenizer, end_ids)
     words = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
     if matcher.error or not matcher(np.zeros(0, np.int32), words):
-        raise GrammarError(_readable(matcher.error))
+        raise GrammarError(_clip(_readable(matcher.error)))
     bits = words.view(np.uint32)
     for token in end_ids:  # an output of nothing is no output
         if token < tokenizer.vocab_size:
             bits[token // 32] &= ~np.uint32(1 << token % 32)
     if not bits.any():
         raise GrammarError("it allows no text at all")
+
+
+def _clip(text: str) -> str:
+    """At most MAX_ECHO characters of a message."""
+    return text if len(text) <= MAX_ECHO else text[: MAX_ECHO - 4] + " ..."
 
 
 def _readable(error: str) -> str:
@@ -175,9 +182,9 @@ def _literal(word: str) -> str:
 class _Checked:
     """Constraints that have been found good, the last used ones, up to a number of bytes."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self) -> None:
         self._sizes: OrderedDict[Any, int] = OrderedDict()
-        self._max, self._bytes, self._lock = max_bytes, 0, threading.Lock()
+        self._bytes, self._lock = 0, threading.Lock()
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -188,15 +195,15 @@ class _Checked:
                 self._sizes.move_to_end(key)
             return key in self._sizes
 
-    def add(self, key: Any, size: int) -> None:
+    def add(self, key: Any, size: int, max_bytes: int) -> None:
         with self._lock:
             self._bytes += size - self._sizes.pop(key, 0)
             self._sizes[key] = size
-            while self._bytes > self._max:
+            while self._bytes > max_bytes:
                 self._bytes -= self._sizes.popitem(last=False)[1]
 
 
-_checked = _Checked(MAX_CACHE_BYTES)
+_checked = _Checked()
 
 
 def num_checked() -> int:

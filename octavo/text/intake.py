@@ -17,6 +17,7 @@ from octavo.messages import EngineRequest, Grammar
 from octavo.models.source import ModelSource
 from octavo.params import SamplingParams, StructuredOutputsParams
 from octavo.text.grammar import check
+from octavo.text.schema import DEFAULT, Limits
 from octavo.text.vocabulary import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -40,10 +41,12 @@ class Intake:
         source: the model; its config and generation_config give end tokens and sampling defaults.
         config: generation_config, override_generation_config are read.
         tokenizer: None with skip_tokenizer_init; then prompts must be ids and texts are refused by name.
+        limits: of structured_outputs.
     """
 
-    def __init__(self, source: ModelSource, config: EngineConfig, tokenizer: Tokenizer | None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, source: ModelSource, config: EngineConfig, tokenizer: Tokenizer | None,
+                 limits: Limits = DEFAULT) -> None:
+        self.tokenizer, self.limits = tokenizer, limits
         self.eos_token_ids = _end_tokens(source, tokenizer)
         self.defaults = _defaults(source, config)
 
@@ -102,7 +105,7 @@ class Intake:
             return None
         if self.tokenizer is None:
             raise RequestError("structured_outputs needs a tokenizer, got one with skip_tokenizer_init.", "structured_outputs")
-        return check(wanted, self.tokenizer, "structured_outputs", self.eos_token_ids)
+        return check(wanted, self.tokenizer, "structured_outputs", self.eos_token_ids, self.limits)
 
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Ids of each word at the start of a text and after a space: tokenizers write these differently."""

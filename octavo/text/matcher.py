@@ -8,11 +8,12 @@ request, and every request compiles its own: a millisecond or so, for which no r
 Invariant: whatever a grammar does, an error is an answer here and no exception.
 """
 
+import concurrent.futures
 import re
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +24,13 @@ from octavo.text.vocabulary import Tokenizer
 _log = get_logger(__name__)
 _vocabularies: "weakref.WeakKeyDictionary[Tokenizer, dict[tuple[int, ...], Any]]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+_stack_lock = threading.Lock()
+
+SHALLOW = 1024
+"""Characters of a grammar for which any stack is large enough."""
+LEAST_STACK, STACK_PER_CHAR = 16 << 20, 4 << 10
+"""Bytes. Rules one in the other, with brackets in brackets, take up to 1 KiB per character."""
+T = TypeVar("T")
 
 
 class Matcher:
@@ -107,14 +115,39 @@ def compile_grammar(text: str, tokenizer: Tokenizer, end_ids: Sequence[int]) -> 
     # Compiling takes well below a second, a mask at most some tens of milliseconds, an automaton some tens of megabytes; what
     # needs more ends with an error. Ordinary schemas use a hundredth of this.
     limits = LLParserLimits(
-        max_items_in_row=2_000, initial_lexer_fuel=1_000_000, step_lexer_fuel=100_000, step_max_items=10_000,
+        max_items_in_row=8_000, initial_lexer_fuel=1_000_000, step_lexer_fuel=100_000, step_max_items=10_000,
         max_lexer_states=20_000, max_grammar_size=200_000, precompute_large_lexemes=True, verbose_errors=False)
     vocabulary = _vocabulary(tokenizer, tuple(end_ids))
-    native = LLMatcher(vocabulary, text, log_level=0, limits=limits)
+    native = with_room(len(text), lambda: LLMatcher(vocabulary, text, log_level=0, limits=limits))
     matcher = Matcher(native, frozenset(end_ids), -(-vocabulary.vocab_size // 32))
     if native.is_error():
         matcher.error = _plain(native.get_error())
     return matcher
+
+
+def with_room(size: int, work: Callable[[], T]) -> T:
+    """Do work that goes as deep as a text of ``size`` characters may nest, on a stack that is large enough.
+
+    The library follows the rules of a grammar from one to the next and has no limit for that: a chain of some thousand of them,
+    which 64 KiB can hold, overruns the stack of an ordinary thread and ends the process. Only what is used of a stack costs.
+    """
+    if size <= SHALLOW:
+        return work()
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # a panic of the library is no Exception
+            done.set_exception(error)
+
+    with _stack_lock:  # the size is one for all threads that begin; another one that happens to begin now does not mind
+        before = threading.stack_size(max(LEAST_STACK, STACK_PER_CHAR * size))
+        try:
+            threading.Thread(target=run, name="octavo-grammar", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return done.result()
 
 
 def _vocabulary(tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> Any:

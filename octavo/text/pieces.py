@@ -21,7 +21,7 @@ Kind = Literal["bytes", "spaces", "other"]
 CONTEXT_TOKENS = 4
 # An "other" decoder may end in U+FFFD for good; after so many tokens it is believed.
 PATIENCE = 8
-# Normalizers that take no character away; normal forms join up to four to one.
+# Normalizers that take no character away; normal forms may join some to one.
 LENGTHENING = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "ByteLevel"})
 
 
@@ -121,13 +121,15 @@ class Pieces:
     def longest(self, vocab_size: int) -> int | None:
         """The most characters that a token stands for; None where a run of characters of any length may become one token.
 
-        Normal forms can join up to four characters to one, so a piece counts as what it may have been made of.
+        Normal forms join characters to one, so a piece counts as what it may have been made of.
         """
-        whole = all(self.backend.token_to_id(char) is not None for char in BYTE_OF) if self.kind == "bytes" else self.fallback
-        if self.kind == "other" or not whole or not _keeps_length(self.backend.normalizer):
+        spelt = BYTE_OF if self.kind == "bytes" else [f"<0x{byte:02X}>" for byte in range(256)]
+        every_byte = all(self.backend.token_to_id(piece) is not None for piece in spelt) and (
+            self.kind == "bytes" or getattr(self.backend.model, "byte_fallback", False))
+        if self.kind == "other" or not every_byte or not _keeps_length(self.backend.normalizer):
             return None
         texts = (self.make(token).decode("utf-8", "replace") for token in range(vocab_size))
-        return max(4, *(len(unicodedata.normalize("NFKD", text)) for text in texts))
+        return max(len(unicodedata.normalize("NFKD", text)) for text in texts)
 
     def table(self, skip_special: bool) -> _Table:
         """id -> bytes with or without the special tokens."""

@@ -8,11 +8,10 @@ restricts an answer has been dropped.
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-MAX_BYTES = 64 * 1024
-MAX_DEPTH = 64
 MAX_MULTIPLE = 10_000
 """The automaton of "a multiple of m" has m states (that of 10 million takes minutes and gigabytes), and where several apply
 to one number it has as many as their least common multiple."""
@@ -32,33 +31,53 @@ class SchemaError(ValueError):
     """A schema that cannot be used; the message says why."""
 
 
-def read_schema(source: str | dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large a constraint may be. There is none for the time that compiling takes: it follows from these.
+
+    Attributes:
+        schema_bytes, schema_depth: of a JSON schema. regex_bytes: of a regex.
+        cache_bytes: what may be remembered of constraints that have been found good.
+    """
+
+    schema_bytes: int = 64 << 10
+    schema_depth: int = 64
+    regex_bytes: int = 4 << 10
+    cache_bytes: int = 256 << 20
+
+
+DEFAULT = Limits()
+
+
+def read_schema(source: str | dict[str, Any], limits: Limits = DEFAULT) -> dict[str, Any]:
     """The schema of a text, or a copy of one that is parsed.
 
     Raises:
         SchemaError: it is no JSON object, too large, too deep, or has a number that no automaton should be built of.
     """
-    text = source if isinstance(source, str) else json.dumps(source)
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        raise SchemaError(f"the schema has more than {MAX_BYTES} bytes")
     try:
+        text = source if isinstance(source, str) else json.dumps(source)
+        if len(text.encode("utf-8", "surrogatepass")) > limits.schema_bytes:
+            raise SchemaError(f"the schema has more than {limits.schema_bytes} bytes")
         schema = json.loads(text, parse_constant=_no_constant)
+    except SchemaError:
+        raise
     except RecursionError as error:
-        raise SchemaError(f"the schema is nested more than {MAX_DEPTH} deep") from error
+        raise SchemaError(f"the schema is nested more than {limits.schema_depth} deep") from error
     except ValueError as error:
         raise SchemaError(f"the schema is not valid JSON ({error!s:.100})") from error
     if not isinstance(schema, dict):
         raise SchemaError(f"the schema must be a JSON object, got {schema!r:.100}")
-    check_bounds(schema)
+    check_bounds(schema, limits)
     return schema
 
 
-def check_bounds(schema: Any) -> None:
+def check_bounds(schema: Any, limits: Limits = DEFAULT) -> None:
     """SchemaError when a parsed schema is too deep, or the multiples that it asks for are too large."""
     multiples: list[Decimal] = []
     merges = False
     level = [schema]
-    for _ in range(MAX_DEPTH):
+    for _ in range(limits.schema_depth):
         for value in level:
             if isinstance(value, dict):
                 merges = merges or not MERGING.isdisjoint(value)
@@ -68,7 +87,7 @@ def check_bounds(schema: Any) -> None:
         if not level:
             break
     else:
-        raise SchemaError(f"the schema is nested more than {MAX_DEPTH} deep")
+        raise SchemaError(f"the schema is nested more than {limits.schema_depth} deep")
     groups = [multiples] if merges else [[multiple] for multiple in multiples]
     if any(_states(group) > MAX_MULTIPLE for group in groups):
         raise SchemaError("multipleOf asks for multiples of too large a number, or several that together do")

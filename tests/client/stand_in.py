@@ -161,11 +161,12 @@ def running(server: StandIn) -> Iterator[StandIn]:
         ready.set()
         await stop.wait()
         listening.close()
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0)
+        # A connection that was accepted a moment ago has a task a moment later: looked at until there are none.
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.sleep(0.01)
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(main()))
     thread.start()

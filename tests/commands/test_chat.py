@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from stand_in import StandIn, chunked, error
+from stand_in import Seen, StandIn, chunked, error
 
 from octavo.cli import main
 from octavo.commands.chat import Conversation, LocalSpeaker, talk
@@ -258,10 +258,19 @@ def test_ctrl_c_closes_the_connection_and_keeps_what_came(server: StandIn, capsy
     from octavo.client.talk import open_model
 
     server.split = 500  # the head, the role and the first words
-    server.release = lambda seen: asyncio.Event() if seen.method == "POST" else None
+    holds = []  # kept: a task that waits for what nobody else knows is garbage
+
+    def hold(seen: Seen) -> asyncio.Event | None:
+        holds.append(asyncio.Event())
+        return holds[-1] if seen.method == "POST" else None
+
+    server.release = hold
+    interrupted: set[int] = set()
 
     def interrupt(text: str) -> None:
-        threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        if len(holds) not in interrupted:  # once an answer: a second Ctrl-C would not let the first one clean up
+            interrupted.add(len(holds))
+            threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     with open_model(Address.parse(server.url), None, None, {}) as model:
         conversation = Conversation(model)

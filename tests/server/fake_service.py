@@ -185,7 +185,8 @@ def make_service(script: Script, *, template: str | None = CHATML, server: dict[
     service = Service(config, ServerConfig(**(server or {})), link, Nobody())
     link.service = service
     source = ModelSource("folder", Path("."), {}, generation or {}, "some/model")
-    service.equip(Intake(source, config, tok), None if template is None else ChatTemplate(template, tok.special_tokens))
+    intake = Intake(source, config, tok, service.server.grammar_limits)
+    service.equip(intake, None if template is None else ChatTemplate(template, tok.special_tokens))
     return service, link
 
 

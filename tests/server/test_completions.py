@@ -8,6 +8,9 @@ import pytest
 from fake_service import Reply, ask, entry, make_service, send_request, texts, tokenizer
 from openai.types import Completion
 
+from octavo.server import completions
+from octavo.server.logprobs import TokenNames
+
 PATH = "/v1/completions"
 SAID = texts("The capital 🎉 of Größe", "Paris 你好 is")
 
@@ -120,6 +123,57 @@ def test_offsets_of_characters_in_several_tokens() -> None:
     assert parts > 1 and reply["text"] == "ab\U0001f916c"
     assert reply["logprobs"]["text_offset"] == [0, 1, *[2] * parts, 3]
     assert all(list(top.values()) == [-1.0] for top in reply["logprobs"]["top_logprobs"])
+
+
+def test_an_echo_is_made_once_per_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[int]] = []
+    real, entries = TokenNames.completion, completions.prompt_entries
+    monkeypatch.setattr(TokenNames, "completion", lambda self, positions, token_ids, *rest: (
+        made.append(list(token_ids)), real(self, positions, token_ids, *rest))[1])
+    monkeypatch.setattr(completions, "prompt_entries", lambda positions, token_ids, top: (
+        made.append(list(token_ids)), entries(positions, token_ids, top))[1])
+    body = {"prompt": ["The Größe", "Hi you"], "n": 8, "echo": True, "logprobs": 1, "prompt_logprobs": 1, "max_tokens": 2}
+    choices = ask(SAID, PATH, body).json["choices"]
+    assert len(choices) == 16 and all(choice["logprobs"]["tokens"] for choice in choices)
+    assert choices[0]["prompt_logprobs"] == choices[7]["prompt_logprobs"] != choices[8]["prompt_logprobs"]
+    assert made.count(ids("The Größe")) == made.count(ids("Hi you")) == 2  # once as an echo, once as prompt_logprobs
+
+
+ENTRIES = 1000
+BEYOND: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    # 4 ids of a prompt; a model of 100 tokens
+    "outputs": (PATH, {"prompt": [5] * 4, "logprobs": 4, "n": 2, "max_tokens": 96}, None),
+    "one more": (PATH, {"prompt": [5] * 4, "logprobs": 4, "n": 3, "max_tokens": 67}, "logprobs"),
+    "echoes": (PATH, {"prompt": [5] * 90, "logprobs": 4, "n": 2, "max_tokens": 0, "echo": True}, None),
+    "more echoes": (PATH, {"prompt": [5] * 90, "logprobs": 4, "n": 3, "max_tokens": 0, "echo": True}, "logprobs"),
+    "both": (PATH, {"prompt": [5] * 90, "logprobs": 4, "n": 2, "max_tokens": 10, "echo": True}, None),
+    "prompts": (PATH, {"prompt": [[5] * 50] * 5, "prompt_logprobs": 4, "max_tokens": 1}, "prompt_logprobs"),
+    "scores": (PATH, {"prompt": [5] * 90, "prompt_logprobs": 4, "n": 3, "max_tokens": 1}, "prompt_logprobs"),
+    "best of": (PATH, {"prompt": [5], "logprobs": 4, "n": 1, "best_of": 4, "max_tokens": 60}, "logprobs"),
+    "more than there are": (PATH, {"prompt": [5], "logprobs": 10**9, "max_tokens": 10}, "logprobs"),
+    "chat": ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 4, "n": 2, "max_tokens": 20}, None),
+    "chat, what fits": ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 4, "n": 16}, "top_logprobs"),
+    "chat, its prompt": ("/v1/chat/completions", {"prompt_logprobs": 4, "n": 64, "max_tokens": 20}, None),
+    "responses": ("/v1/responses", {"include": ["message.output_text.logprobs"], "top_logprobs": 20}, "top_logprobs"),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "param"), BEYOND.values(), ids=BEYOND.keys())
+def test_an_answer_holds_only_so_many_logprobs(path: str, body: dict[str, Any], param: str | None) -> None:
+    given = {PATH: {}, "/v1/responses": {"input": "a"}}.get(path, {"messages": [{"role": "user", "content": "a"}]})
+    reply = ask(SAID, path, given | body, server={"max_logprob_entries": ENTRIES}, max_model_len=100)
+    if param is None:
+        assert reply.status == 200, reply.body
+        return
+    assert reply.status == 400 and reply.json["error"]["param"] == param
+    if "could hold" in (said := reply.json["error"]["message"]):
+        assert said.startswith(param) and f"{ENTRIES} are allowed" in said
+
+
+def test_ordinary_use_is_far_from_the_limit() -> None:
+    body = {"prompt": [5] * 4, "logprobs": 5, "n": 8, "max_tokens": 4096}
+    assert ask(SAID, PATH, body, max_model_len=16_000).status == 200
+    assert ask(SAID, PATH, body | {"n": 64, "logprobs": 20}, max_model_len=16_000).status == 400
 
 
 def test_a_begin_token_has_no_place_in_the_echo() -> None:

@@ -26,7 +26,8 @@ def test_the_defaults_are_those_that_were_promised() -> None:
     promised = {
         "host": "127.0.0.1", "port": 8000, "max_body_bytes": 32 << 20, "max_header_bytes": 32 << 10, "max_headers": 100,
         "max_json_depth": 128, "max_n": 128, "max_prompts": 1024, "max_sequences": 1024, "max_stop": 16, "max_stop_chars": 256,
-        "max_logit_bias": 1024, "shutdown_timeout": 30.0, "step_timeout": 120.0, "max_stream_buffer": 1 << 20,
+        "max_logit_bias": 1024, "max_schema_bytes": 64 << 10, "max_schema_depth": 64, "max_regex_bytes": 4 << 10,
+        "max_grammar_cache_bytes": 256 << 20, "shutdown_timeout": 30.0, "step_timeout": 120.0, "max_stream_buffer": 1 << 20,
         "send_timeout": 5.0, "metrics_auth": True, "enable_auto_tool_choice": True, "metrics_compat": "vllm"}
     assert {name: getattr(config, name) for name in promised} == promised
 

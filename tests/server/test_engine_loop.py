@@ -1,9 +1,11 @@
 """The engine process's loop over the fake engine, with real sockets: who gets what, and what cannot stop it."""
 
 import asyncio
+import contextlib
+import itertools
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 
 import pytest
@@ -242,27 +244,45 @@ def test_the_loop_sleeps_when_there_is_nothing_to_do(tmp_path: Path) -> None:
     play(scenario, tmp_path, 0)
 
 
-def test_a_burst_does_not_stop_those_that_run() -> None:
-    """Requests are taken in for a bounded time between two steps, whatever comes."""
+@contextlib.contextmanager
+def by_hand() -> Iterator[tuple[EngineLoop, zmq.Socket, Bench]]:
+    """A loop whose turns a test takes itself, on a clock that goes a millisecond further at every look; what is sent is there."""
     bench = Bench(rows=64, blocks=512, check=False)
     context = zmq.Context()
-    socket = context.socket(zmq.ROUTER)
-    socket.bind("inproc://engine")  # what is sent is there
-    sender = context.socket(zmq.DEALER)
+    socket, sender = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+    socket.bind("inproc://engine")
     sender.connect("inproc://engine")
-    now = [0.0]
+    clock = itertools.count()
+    try:
+        yield EngineLoop(bench.engine, socket, Vitals(0), lambda: 0.001 * next(clock)), sender, bench
+    finally:
+        sender.close(0)
+        socket.close(0)
+        context.term()
 
-    def clock() -> float:
-        now[0] += 0.001
-        return now[0]
 
-    loop = EngineLoop(bench.engine, socket, Vitals(0), clock)
-    for i in range(100):
-        sender.send(ipc.encode_request(ipc.Add(request(f"r{i}"))))
-    loop.turn()
-    assert 10 <= bench.engine.stats.requests <= 25
-    while bench.engine.stats.requests < 100:
+def test_a_burst_does_not_stop_those_that_run() -> None:
+    """Requests are taken in for a bounded time between two steps, whatever comes."""
+    with by_hand() as (loop, sender, bench):
+        for i in range(100):
+            sender.send(ipc.encode_request(ipc.Add(request(f"r{i}"))))
         loop.turn()
-    sender.close(0)
-    socket.close(0)
-    context.term()
+        assert 10 <= bench.engine.stats.requests <= 25
+        while bench.engine.stats.requests < 100:
+            loop.turn()
+
+
+def test_an_abort_overtakes_a_burst() -> None:
+    """The engine never works for requests whose clients have left while these stood in line."""
+    with by_hand() as (loop, sender, bench):
+        for i in range(100):
+            sender.send(ipc.encode_request(ipc.Add(request(f"r{i}", n=2, temperature=1.0))))
+        for i in range(99):
+            sender.send(ipc.encode_request(ipc.Abort(f"r{i}")))
+        sender.send(ipc.encode_request(ipc.Abort("r99", 1)))
+        loop.turn()
+        assert loop._backlog and bench.engine.stats.running == bench.engine.stats.waiting == 0
+        while bench.engine.has_work() or loop._backlog:
+            loop.turn()
+        assert bench.engine.stats.finished == {"length": 1, "abort": 199} and bench.engine.stats.generated_tokens == 8
+        assert not loop._gone and loop._vitals.unknown_aborts == 0

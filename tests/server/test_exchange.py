@@ -1,13 +1,16 @@
 """octavo.server.exchange: the order of a request, and what happens to errors on the way."""
 
 import asyncio
+import threading
+from collections import defaultdict
 from typing import Any
 
 import msgspec
 import pytest
-from fake_service import make_service, texts
+from fake_service import ask, make_service, send_request, texts
 
 from octavo.errors import CapacityError
+from octavo.server.completions import CompletionExchange
 from octavo.server.errors import ApiError
 from octavo.server.exchange import FAILED, check, serve
 from octavo.server.service import Ask
@@ -110,3 +113,60 @@ def test_the_engines_own_words_stay_here(reason: Any) -> None:
     with pytest.raises(ApiError) as caught:
         check([(0, Step([Delta(0, "", [], finish_reason=reason)], error="at 0x7f00: out of memory"))])
     assert (caught.value.status, caught.value.message) == (500, FAILED)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_takes_long_to_write_is_written_in_a_thread(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every piece of work is asked for the thread in which it runs."""
+    where: dict[str, list[bool]] = defaultdict(list)
+
+    def look(name: str, real: Any) -> Any:
+        def seen(*given: Any) -> Any:
+            where[name].append(threading.current_thread() is not threading.main_thread())
+            return real(*given)
+
+        return seen
+
+    for name in ("fold", "events", "ending", "answer"):
+        monkeypatch.setattr(CompletionExchange, name, look(name, getattr(CompletionExchange, name)))
+    for count in (50, 5000):
+        where.clear()
+        body = {"prompt": [5] * count, "echo": True, "logprobs": 0, "max_tokens": 3, "stream": stream}
+        assert ask(texts("a" * 9), "/v1/completions", body, max_model_len=8192).status == 200
+        first, *rest = where["events" if stream else "fold"]
+        assert first is (count == 5000) and rest and not any(rest)  # the echo comes with the first news
+        assert where["ending" if stream else "answer"] == [count == 5000]
+
+
+def test_who_waits_for_that_thread_is_no_slow_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    played, real = threading.Event(), CompletionExchange.fold
+
+    def fold(*given: Any) -> None:
+        assert threading.current_thread() is threading.main_thread() or played.wait(30.0)
+        real(*given)
+
+    monkeypatch.setattr(CompletionExchange, "fold", fold)
+
+    async def run() -> None:
+        service, link = make_service(texts("a" * 9), server={"send_timeout": 1e-6}, max_model_len=8192)
+        body = {"prompt": [5] * 5000, "echo": True, "logprobs": 0, "max_tokens": 9}
+        asked = asyncio.create_task(send_request(service, "/v1/completions", body))
+        while not link.tasks:
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*link.tasks)
+        played.set()
+        assert (await asked).status == 200 and service.num_dropped == 0
+        service.close()
+
+    asyncio.run(run())
+
+
+def test_each_api_process_has_its_part_of_the_queue() -> None:
+    async def run() -> None:
+        service, _ = make_service(texts("a"), server={
+            "api_server_count": 3, "max_queued_requests": 4, "max_queued_tokens": 100, "max_held_bytes": 3000})
+        door = service.admission
+        assert (door.max_requests, door.max_tokens, door.max_bytes) == (2, 34, 1000)
+        service.close()
+
+    asyncio.run(run())

@@ -393,6 +393,7 @@ async def test_any_process_answers_for_all_and_totals_never_go_back(tmp_path: Pa
         assert scraped("vllm:num_requests_running") == 4 and scraped("vllm:prefix_cache_queries_total") == 10  # once
         assert scraped.samples[own("open_requests")] == 12 and scraped.samples[own("oldest_wait_seconds")] == 7
         assert scraped.samples[own("slow_readers_dropped_total")] == 2
+        assert await metrics.num_open() == 12  # and so does /load
         assert {"process": "engine", "model_name": "m"} in scraped.named("octavo:process_threads")
         assert {"process": "api_1", "model_name": "m"} in scraped.named("octavo:process_open_fds")
     second.close()  # or killed: see the next test

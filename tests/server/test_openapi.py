@@ -57,7 +57,8 @@ def test_every_route_is_in_the_document_and_nothing_else() -> None:
 
     async def run() -> set[tuple[str, str]]:
         service, _ = fresh()
-        gate: Any = build_app(service, Health(service.link, 1.0), SimpleNamespace(serve=nothing, http=None), Keys())
+        metrics = SimpleNamespace(serve=nothing, http=None, num_open=nothing)
+        gate: Any = build_app(service, Health(service.link, 1.0), metrics, Keys())
         service.close()
         return {(method, route.path) for route in gate.app.routes for method in route.methods - {"HEAD"}}
 

@@ -278,6 +278,14 @@ def test_a_413_under_messages_has_the_shape_of_that_api(calm: Running) -> None:
     assert answer.status == 413 and answer.json["type"] == "error" and answer.json["error"]["type"] == "request_too_large"
 
 
+def test_a_413_under_a_prefix_has_the_shape_of_that_api_too() -> None:
+    with serving(root_path="/llm") as running:
+        answer = running.ask(b"POST /llm/v1/messages HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999\r\n\r\n")
+        assert answer.status == 413 and answer.json["type"] == "error"
+        answer = running.ask(b"POST /llm/echo HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999\r\n\r\n")
+        assert answer.status == 413 and answer.error()["type"] == "invalid_request_error"
+
+
 def test_the_time_given_to_a_refused_client_is_limited(calm: Running) -> None:
     with calm.connect() as client:
         start = time.monotonic()
@@ -473,7 +481,8 @@ def test_an_answer_that_breaks_off_is_seen_to_be_incomplete(calm: Running) -> No
 # The number of connections
 
 
-def test_connections_beyond_the_limit_are_503_and_leave_room_when_they_go() -> None:
+def test_connections_beyond_the_limit_are_503_and_leave_room_when_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.server.protocol.RESERVE", 0)
     with serving(max_connections=2) as running:
         with running.connect() as one, running.connect() as two:
             for client in (one, two):
@@ -491,8 +500,34 @@ def test_connections_beyond_the_limit_are_503_and_leave_room_when_they_go() -> N
         assert running.ask(GET).status == 200
 
 
+def test_probes_are_answered_beyond_the_limit_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.server.protocol.RESERVE", 2)
+    monkeypatch.setattr("octavo.server.protocol.RESERVE_SECONDS", 0.3)
+    with serving(max_connections=1, root_path="/llm") as running, running.connect() as first:
+        first.send(GET)
+        assert first.answer().status == 200
+        for path in (b"/health", b"/llm/health", b"/health?a=b"):
+            answer = running.ask(GET.replace(b"/health", path))
+            assert answer.status == 200 and answer.headers["connection"] == "close"
+        for path in (b"/", b"/early", b"/v1/models"):
+            with running.connect() as other:
+                other.send(GET.replace(b"/health", path))
+                answer = other.answer()
+                assert answer.status == 503 and answer.error()["type"] == "overloaded_error"
+                assert answer.headers["connection"] == "close" and running.connections == 1
+        for _ in range(3):  # whoever is silent does not keep the places
+            with running.connect() as one, running.connect() as two:
+                until(lambda: running.connections == 3)
+                with running.connect() as three:
+                    assert three.answer().status == 503
+                assert closes(one) == closes(two) == b""
+        first.send(GET.replace(b"/health", b"/early"))
+        assert first.answer().status in (200, 404, 405)
+
+
 def test_a_flood_of_refused_connections_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octavo.server.protocol.MAX_LINGERING", 3)
+    monkeypatch.setattr("octavo.server.protocol.RESERVE", 0)
     with serving(max_connections=1) as running, running.connect() as first:
         first.send(GET)
         assert first.answer().status == 200

@@ -1,11 +1,16 @@
 """The private folder: private, short, and swept only when its owner is dead."""
 
+import asyncio
 import fcntl
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from border import gone, until
 
 from octavo.errors import ConfigError
 from octavo.server.rundir import LONGEST_PATH, RunDirectory, sweep
@@ -33,6 +38,50 @@ def test_what_a_dead_server_left_is_removed_at_the_next_start(tmp_path: Path) ->
     folder = RunDirectory(tmp_path)
     assert not dead.exists() and folder.path.exists()
     folder.close()
+
+
+OWNER = """
+import signal, sys
+from pathlib import Path
+from octavo.server.rundir import RunDirectory
+folder = RunDirectory(Path(sys.argv[1]))
+(folder.path / "engine-0").touch()
+print(folder.path, folder._heir.pid, flush=True)
+signal.pause()
+"""
+
+
+def ignores(pid: int, number: int) -> bool:
+    """Whether a process ignores a signal."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn:"))
+    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+
+
+def test_the_folder_of_a_killed_server_goes_with_it_and_no_other(tmp_path: Path) -> None:
+    mine = RunDirectory(tmp_path)
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    path, heir = owner.stdout.readline().split()
+    asyncio.run(until(lambda: ignores(int(heir), signal.SIGTERM)))
+    os.kill(int(heir), signal.SIGTERM)  # a manager of services that signals all processes, before it kills
+    assert Path(path).exists()
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    asyncio.run(until(lambda: not Path(path).exists() and gone(int(heir)), 5.0))
+    assert list(tmp_path.iterdir()) == [mine.path]
+    mine.close()
+    assert mine._heir is not None and mine._heir.returncode == 0
+
+
+def test_without_a_shell_the_folder_is_left_to_the_next_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "Popen", absent)
+    folder = RunDirectory(tmp_path)
+    folder.close()
+    assert not folder.path.exists()
 
 
 def test_folders_in_use_stay(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import asyncio
 import json
 from typing import Any
 
-from fake_service import HERMES, make_service, send_request, texts
+import pytest
+from fake_service import HERMES, ask, make_service, send_request, texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from octavo.server.completions import CompletionRequest
 from octavo.server.generate import GenerateRequest
 from octavo.server.sampling_fields import NO_EFFECT, SAME, ParamFields, SamplingFields
 from octavo.server.tokenize import DetokenizeRequest, TokenizeRequest
+from octavo.text.vocabulary import Tokenizer
 
 PATHS = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest, "/generate": GenerateRequest,
          "/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest}
@@ -80,3 +82,38 @@ def test_null_counts_as_absent_in_every_field() -> None:
 
     for path in PATHS:
         asyncio.run(run(path))
+
+
+LONG = "Paris 你好" * 20_000
+ASKS = [
+    ("/v1/completions", {"prompt": LONG}), ("/v1/completions", {"prompt": ["a", LONG]}), ("/generate", {"prompt": LONG}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}), ("/v1/responses", {"input": LONG}),
+    ("/v1/messages", {"model": "some/model", "max_tokens": 5, "messages": [{"role": "user", "content": LONG}]})]
+
+
+@pytest.mark.parametrize(("path", "body"), ASKS)
+def test_what_cannot_fit_is_refused_before_it_is_tokenised(
+        path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    for name in ("encode", "encode_batch"):
+        whole = getattr(Tokenizer, name)
+
+        def counted(self: Tokenizer, text: Any, *args: Any, whole: Any = whole, **more: Any) -> Any:
+            seen.append(max(map(len, [text] if isinstance(text, str) else text)))
+            return whole(self, text, *args, **more)
+
+        monkeypatch.setattr(Tokenizer, name, counted)
+    reply = ask(texts("x"), path, body, max_model_len=64)
+    assert reply.status == 400 and "characters" in reply.json["error"]["message"], reply.body
+    assert reply.json["error"].get("code", "context_length_exceeded") == "context_length_exceeded"
+    assert max(seen, default=0) < 1000
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("/tokenize", {"prompt": LONG}), ("/tokenize", {"messages": [{"role": "user", "content": LONG}]}),
+    ("/v1/messages/count_tokens", {"model": "some/model", "messages": [{"role": "user", "content": LONG}]}),
+    ("/v1/completions", {"prompt": LONG, "truncate_prompt_tokens": 8, "max_tokens": 2}),
+    ("/v1/chat/completions",
+     {"messages": [{"role": "user", "content": LONG}], "truncate_prompt_tokens": -1, "max_tokens": 2})])
+def test_what_need_not_fit_may_be_long(path: str, body: dict[str, Any]) -> None:
+    assert ask(texts("x"), path, body, max_model_len=64).status == 200

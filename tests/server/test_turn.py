@@ -107,3 +107,35 @@ def test_what_the_operator_chose() -> None:
 def test_a_model_without_a_template() -> None:
     reply = ask(texts("x"), PATH, {"messages": USER}, template=None)
     assert reply.status == 400 and "chat template" in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "required", {"type": "function", "function": {"name": "get_weather"}}])
+@pytest.mark.parametrize(("schema", "said"), [
+    ({"properties": {"a": {"type": "integer", "multipleOf": 999983}}}, "multipleOf"),
+    ({"description": "a" * (64 << 10)}, "more than 65536 bytes"),
+    ({"properties": json.loads('{"a":' * 64 + "{}" + "}" * 64)}, "nested more than 64 deep")])
+def test_a_tool_s_schema_is_refused_in_every_mode(choice: Any, schema: dict[str, Any], said: str) -> None:
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": schema}}
+    reply = ask(texts("x"), PATH, {"messages": USER, "tools": [tool], "tool_choice": choice}, template=HERMES)
+    error = reply.json["error"]
+    assert (reply.status, error["param"]) == (400, "tools") and error["message"].startswith("tools[0].function.parameters")
+    assert said in error["message"]
+
+
+def test_a_forced_grammar_that_cannot_be_used_is_the_tools_mistake() -> None:
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": {"description": "a" * 40_000}}} for i in range(2)]
+    for tool_choice, status in (("none", 200), ("required", 400)):
+        reply = ask(texts("x"), PATH, {"messages": USER, "tools": tools, "tool_choice": tool_choice}, template=CHATML)
+        assert reply.status == status
+    assert reply.json["error"]["param"] == "tools" and reply.json["error"]["message"].startswith("tools cannot be used")
+
+
+@pytest.mark.parametrize(("server", "body", "param"), [
+    ({"max_schema_bytes": 50}, {"tools": [WEATHER]}, "tools"), ({"max_schema_depth": 3}, {"tools": [WEATHER]}, "tools"),
+    ({"max_schema_bytes": 20}, JSON, "response_format"), ({"max_schema_depth": 2}, JSON, "response_format"),
+    ({"max_regex_bytes": 3}, {"structured_outputs": {"regex": "abcd"}}, "structured_outputs")])
+def test_limits_of_constraints_are_the_operator_s(server: dict[str, Any], body: dict[str, Any], param: str) -> None:
+    body = {"messages": USER, **body}
+    assert ask(texts("x"), PATH, body, template=HERMES).status == 200
+    reply = ask(texts("x"), PATH, body, template=HERMES, server=server)
+    assert (reply.status, reply.json["error"]["param"]) == (400, param)

@@ -22,7 +22,7 @@ from octavo.params import StructuredOutputsParams
 from octavo.text import grammar as module
 from octavo.text.grammar import check
 from octavo.text.matcher import Matcher, compile_grammar
-from octavo.text.schema import FORMATS
+from octavo.text.schema import FORMATS, Limits
 from octavo.text.vocabulary import Tokenizer
 
 PERSON = {
@@ -338,15 +338,20 @@ def test_the_tokenizer_must_be_able(words: Tokenizer, byte_level: Tokenizer) -> 
 
 def test_a_grammar_is_compiled_once(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-    monkeypatch.setattr(module, "_checked", module._Checked(1000))
+    monkeypatch.setattr(module, "_checked", module._Checked())
+    room = Limits(cache_bytes=6000)
     monkeypatch.setattr(module, "compile_grammar", lambda *args: compiled.append(args[0]) or compile_grammar(*args))
+
+    def use(word: str) -> None:
+        check(StructuredOutputsParams(choice=[word]), byte_level, "x", limits=room)
+
     for _ in range(3):
-        grammar(byte_level, choice=["once"])
+        use("once")
     assert len(compiled) == 1
     for i in range(20):  # others push it out
-        grammar(byte_level, choice=[f"word {i}"])
-    grammar(byte_level, choice=["once"])
-    assert len(compiled) == 22 and module._checked._bytes <= 1000
+        use(f"word {i}")
+    use("once")
+    assert len(compiled) == 22 and 2 <= module.num_checked() <= 5 and module._checked._bytes <= 6000
     for _ in range(2):  # what was refused is refused again
         with pytest.raises(RequestError):
             grammar(byte_level, regex="(")
@@ -420,3 +425,41 @@ def test_two_hundred_random_schemas(byte_level: Tokenizer, part: int) -> None:
         errors = [error.message for error in checker.iter_errors(json.loads(text))]
         assert not errors, (seed, schema, text, errors)
     assert ended >= 40
+
+
+@pytest.mark.parametrize("params", [
+    {"regex": "(" + "x" * 3000}, {"grammar": "start: " + "x" * 3000}, {"grammar": "start: /" + "(" * 3000 + "/"},
+    {"json": {"type": "x" * 3000}}, {"json": {"pattern": "(" + "x" * 3000}}, {"json": {"$ref": "#/" + "x" * 3000}},
+    {"json": {"properties": {"x" * 3000: {"type": 1}}}}, {"json": {"x" * 3000: 1, "not": {}}},
+    {"json": {"multipleOf": "x" * 3000}},
+    {"json": "{" + "x" * 3000}, {"grammar": '%llguidance {"' + "x" * 3000 + '": 1}\nstart: "a"'}])
+def test_errors_repeat_little(byte_level: Tokenizer, params: dict[str, Any]) -> None:
+    try:
+        grammar(byte_level, **params)
+    except RequestError as error:
+        assert max(map(len, re.findall(r"x+|\(+", str(error))), default=0) <= 200 and len(str(error)) < 350
+
+
+@pytest.mark.parametrize(("good", "bad"), [
+    ({"json": {"description": "a" * 50}}, {"json": {"description": "a" * 100}}),
+    ({"json": {"anyOf": [{"type": "null"}]}}, {"json": {"anyOf": [{"anyOf": [{"anyOf": [{"type": "null"}]}]}]}}),
+    ({"regex": "abcdefghij"}, {"regex": "abcdefghijk"}),
+    ({"json_object": True, "whitespace_pattern": "[ ]?"}, {"json_object": True, "whitespace_pattern": "[ ]?[ ]?[ ]?"}),
+    ({"grammar": 'start: %json {"type": "null"}'}, {"grammar": 'start: %json {"anyOf": [{"anyOf": [{"anyOf": [{}]}]}]}'}),
+])
+def test_limits_are_those_that_were_given(byte_level: Tokenizer, good: dict[str, Any], bad: dict[str, Any]) -> None:
+    limits = Limits(schema_bytes=100, schema_depth=4, regex_bytes=10)
+    check(StructuredOutputsParams(**good), byte_level, "x", limits=limits)
+    grammar(byte_level, **bad)
+    with pytest.raises(RequestError, match=r"bytes|deep"):
+        check(StructuredOutputsParams(**bad), byte_level, "x", limits=limits)
+
+
+@pytest.mark.parametrize(("count", "before", "after"), [
+    (3700, "", ""), (1800, "(" * 8, ")" * 8), (400, '("x" ' * 20, ")+" * 20)], ids=["rules", "brackets", "repeats"])
+def test_rules_that_go_deep_do_not_overrun_the_stack(byte_level: Tokenizer, count: int, before: str, after: str) -> None:
+    chain = "".join(f'r{i}: {before}"b" r{i + 1}{after}\n' for i in range(count))
+    text = f'start: r0\n{chain}r{count}: "c"'
+    assert 55_000 < len(text) < module.MAX_GRAMMAR_BYTES
+    matcher = compile_grammar(grammar(byte_level, grammar=text).text, byte_level, byte_level.eos_token_ids)
+    assert allowed(matcher.copy(), byte_level, [])

@@ -1,12 +1,13 @@
 """octavo.text.vocabulary: encoding with and without control tokens, decoding, range checks."""
 
 import threading
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from octavo.errors import RequestError
@@ -214,3 +215,61 @@ def test_wrong_ids_and_the_field_of_a_text(byte_level: Tokenizer) -> None:
             with pytest.raises(RequestError, match=r"^stop must be") as caught:
                 byte_level.encode(text, parse_special=parse_special, field="stop")  # type: ignore[arg-type]
             assert caught.value.param == "stop"
+
+
+@pytest.mark.parametrize("parse_special", [True, False])
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level: Tokenizer, parse_special: bool) -> None:
+    text = "The quick brown fox, <|im_end|> and 12 more.\n" * 115_000
+    byte_level.encode("a", parse_special=parse_special)
+    longest, done = 0.0, threading.Event()
+
+    def tick() -> None:
+        nonlocal longest
+        last = time.monotonic()
+        while not done.is_set():
+            time.sleep(0.001)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    began = time.monotonic()
+    ids = byte_level.encode(text, parse_special=parse_special)
+    took = time.monotonic() - began
+    done.set()
+    ticker.join()
+    assert len(text) > 5_000_000 and len(ids) > 1_000_000
+    assert longest < max(0.3, 0.2 * took), (longest, took)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join), st.booleans())
+def test_the_fast_way_gives_the_same_ids(byte_level: Tokenizer, spaces: Tokenizer, text: str, around: bool) -> None:
+    for tokenizer in (byte_level, spaces):
+        assert tokenizer.encode(text, around) == tokenizer.backend.encode(text, add_special_tokens=around).ids
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60) | st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join))
+def test_no_token_stands_for_more_characters(byte_level: Tokenizer, text: str) -> None:
+    most = byte_level.chars_per_token
+    assert most is not None
+    for parse in (True, False):
+        assert len(byte_level.encode(text, add_special_tokens=False, parse_special=parse)) * most >= len(text)
+
+
+def test_characters_of_a_token(byte_level: Tokenizer, words: Tokenizer) -> None:
+    assert byte_level.chars_per_token == max(len(piece.decode(errors="replace")) for piece in byte_level.pieces())
+    assert words.chars_per_token is None  # any word is one unknown token
+
+
+@pytest.mark.parametrize(("normalizer", "known"), [
+    (normalizers.NFC(), True), (normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]), True),
+    (normalizers.Replace(" ", "_"), True), (normalizers.Replace("  ", "_"), False),
+    (normalizers.Replace(Regex(" +"), "_"), False),
+    (normalizers.Strip(), False), (normalizers.Sequence([normalizers.NFC(), normalizers.StripAccents()]), False)])
+def test_a_normalizer_that_shortens_makes_no_promise(byte_level: Tokenizer, normalizer: Any, known: bool) -> None:
+    backend = Backend.from_str(byte_level.backend.to_str())
+    backend.normalizer = normalizer
+    backend.add_tokens(["\u1fa7"])  # one character, of four
+    most = Tokenizer(backend).chars_per_token
+    assert (most is not None) == known and (most is None or most >= 4)

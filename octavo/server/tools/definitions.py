@@ -15,9 +15,10 @@ from typing import Any, Literal
 from llguidance import LLMatcher
 
 from octavo.errors import RequestError
+from octavo.text.matcher import with_room
+from octavo.text.schema import DEFAULT, Limits, SchemaError, read_schema
 
 MAX_TOOLS = 128
-MAX_DEPTH = 128
 MAX_CHARS = 1 << 20  # of all schemas together, as JSON
 # OpenAI's pattern and the dot, which servers of other protocols use and vLLM lets through.
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
@@ -50,8 +51,11 @@ class ToolChoice:
     name: str | None = None
 
 
-def check_tools(tools: object) -> list[Tool]:
+def check_tools(tools: object, limits: Limits = DEFAULT) -> list[Tool]:
     """The tools of a request; None and an empty list are none.
+
+    Args:
+        limits: of the schema of each; whether the model may call it or must, they are the same.
 
     Raises:
         RequestError: with param "tools"; the message names the place and what is wrong.
@@ -64,7 +68,7 @@ def check_tools(tools: object) -> list[Tool]:
         raise _error(f"tools must hold at most {MAX_TOOLS} tools, got {len(tools)}.")
     checked, size, names = list[Tool](), 0, set[str]()
     for i, tool in enumerate(tools):
-        one, chars = _tool(tool, f"tools[{i}]")
+        one, chars = _tool(tool, f"tools[{i}]", limits)
         if one.name in names:
             raise _error(f"tools[{i}].function.name {one.name!r} is used twice.")
         names.add(one.name)
@@ -107,7 +111,7 @@ def _named(choice: object) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _tool(tool: object, place: str) -> tuple[Tool, int]:
+def _tool(tool: object, place: str, limits: Limits) -> tuple[Tool, int]:
     if not isinstance(tool, Mapping):
         raise _error(f"{place} must be an object, got {_show(tool)}.")
     if tool.get("type") != "function":
@@ -123,23 +127,23 @@ def _tool(tool: object, place: str) -> tuple[Tool, int]:
         if function.get(key) is not None and not isinstance(function[key], kind):
             raise _error(f"{place}.function.{key} must be {known}, got {_show(function[key])}.")
     strict = bool(function.get("strict"))
-    schema, chars = _schema(function.get("parameters"), strict, f"{place}.function.parameters")
+    schema, chars = _schema(function.get("parameters"), strict, f"{place}.function.parameters", limits)
     return Tool(name, schema, strict, tool), chars
 
 
-def _schema(schema: object, strict: bool, place: str) -> tuple[Mapping[str, Any], int]:
+def _schema(schema: object, strict: bool, place: str, limits: Limits) -> tuple[Mapping[str, Any], int]:
     if schema is None:
         return NOTHING, 0
     if not isinstance(schema, Mapping):
         raise _error(f"{place} must be a JSON schema, got {_show(schema)}.")
     if schema.get("type", "object") != "object":
         raise _error(f"{place}.type must be 'object', got {_show(schema['type'])}.")
-    if _too_deep(schema):
-        raise _error(f"{place} must not be nested deeper than {MAX_DEPTH}.")
+    try:
+        read_schema(dict(schema), limits)
+    except SchemaError as error:
+        raise _error(f"{place} cannot be used: {error}.") from None
     whole = {**ANYTHING, **schema}
     text = guided(whole, strict)
-    if len(text) > MAX_CHARS:
-        raise _error(f"the schemas of tools must not be longer than {MAX_CHARS} characters together.")
     problem = (_known_problem if len(text) <= _CACHED_CHARS else _problem)(text)
     if problem:
         raise _error(f"{place} cannot be used as a schema: {problem[:200]}")
@@ -157,27 +161,12 @@ def guided(schema: Mapping[str, Any], strict: bool) -> str:
 def _problem(text: str) -> str:
     """What is wrong with a schema, "" if nothing."""
     grammar = LLMatcher.grammar_from_json_schema(text)
-    wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    wrong, messages = with_room(len(text), lambda: LLMatcher.validate_grammar_with_warnings(grammar))
     return str(messages[0]) if wrong else ""
 
 
 # Agents send the same tools with every request.
 _known_problem = lru_cache(maxsize=1024)(_problem)
-
-
-def _too_deep(value: object) -> bool:
-    level: list[object] = [value]
-    for _ in range(MAX_DEPTH):
-        level = [child for item in level for child in _children(item)]
-        if not level:
-            return False
-    return True
-
-
-def _children(item: object) -> list[object]:
-    if isinstance(item, Mapping):
-        return list(item.values())
-    return list(item) if isinstance(item, list) else []
 
 
 def _show(value: object) -> str:

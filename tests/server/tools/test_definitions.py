@@ -4,6 +4,7 @@ import pytest
 
 from octavo.errors import RequestError
 from octavo.server.tools.definitions import MAX_CHARS, MAX_TOOLS, NOTHING, ToolChoice, check_tool_choice, check_tools
+from octavo.text.schema import Limits
 
 
 def tool(name="f", **more):
@@ -42,15 +43,25 @@ def deep(levels: int) -> dict:
     ([tool(parameters={"properties": {"a": {"$ref": "http://x.test/y"}}})], "cannot be used"),
     ([tool(parameters={"properties": {"a": {"type": "string", "pattern": "("}}})], "cannot be used"),
     ([tool(parameters={"properties": {"a": {"type": "string", "format": "unheard-of"}}}, strict=True)], "unheard-of"),
-    ([tool(parameters=deep(80))], "nested deeper"), ([tool(parameters=deep(400))], "nested deeper"),
-    ([tool(parameters=deep(50_000))], "nested deeper"),
-    ([tool(parameters={"description": "a" * MAX_CHARS})], "longer than"),
+    ([tool(parameters=deep(33))], "nested more than 64 deep"), ([tool(parameters=deep(400))], "nested more than 64 deep"),
+    ([tool(parameters=deep(50_000))], "nested more than 64 deep"),
+    ([tool(parameters={"description": "a" * (64 << 10)})], "more than 65536 bytes"),
+    ([tool(f"f{i}", parameters={"description": "a" * (MAX_CHARS // 20)}) for i in range(21)], "longer than"),
+    ([tool(parameters={"properties": {"a": {"type": "integer", "multipleOf": 999983}}})], "multipleOf"),
     ([tool(f"f{i}") for i in range(MAX_TOOLS + 1)], "at most"),
 ])
 def test_bad_tools(tools, place):
     with pytest.raises(RequestError, match=place) as caught:
         check_tools(tools)
     assert caught.value.param == "tools" and len(str(caught.value)) < 600
+
+
+def test_limits_of_a_schema_can_be_others():
+    limits = Limits(schema_bytes=200, schema_depth=6)
+    assert check_tools([tool(parameters=deep(2))], limits) and check_tools([tool(parameters=deep(31))])
+    for schema in (deep(3), {"description": "a" * 200}):
+        with pytest.raises(RequestError, match=r"tools\[0\]\.function\.parameters cannot be used"):
+            check_tools([tool(parameters=schema)], limits)
 
 
 NAMED = {"type": "function", "function": {"name": "f"}}
