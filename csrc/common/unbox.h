@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string>
 #include <string_view>
 
 #include "tensor.h"
@@ -77,11 +76,19 @@ struct Unboxed<const Tensor*> {
   const Tensor* get() const { return value ? &*value : nullptr; }
 };
 template <>
-struct Unboxed<std::string_view> {
-  using type = std::string;
-  std::string_view value;
-  explicit Unboxed(const std::string& text) : value(text) {}
-  std::string_view get() const { return value; }
+struct Unboxed<std::string_view> {  // owns the handle; torch's own way to a std::string (2.13) leaks one in every call
+  using type = StringHandle;
+  StringHandle handle;
+  explicit Unboxed(StringHandle text) : handle(text) {}
+  Unboxed(const Unboxed&) = delete;
+  Unboxed& operator=(const Unboxed&) = delete;
+  ~Unboxed() { torch_delete_string(handle); }
+  std::string_view get() const {
+    size_t length = 0;
+    const char* data = nullptr;
+    STD_TORCH_CHECK(torch_string_length(handle, &length) == 0 && torch_string_c_str(handle, &data) == 0, "octavo: a string cannot be read");
+    return {data, length};
+  }
 };
 
 }  // namespace octavo

@@ -101,7 +101,7 @@ def test_f05_a_stopped_engine_is_seen_and_goes_on_as_if_nothing_had_been(server:
 
 
 def test_f07_a_drain_lets_everything_end_that_has_begun(model: Path) -> None:
-    with Served(model) as served:
+    with Served(model, faults="slow_step:0.01") as served:
         pids = [served.pid, *served.children()]
 
         async def run() -> None:
@@ -178,10 +178,10 @@ def test_f09_an_exception_in_a_step_ends_that_steps_requests_only(model: Path) -
 
 
 def test_f11_a_row_without_finite_logits_ends_its_request_and_no_other(model: Path) -> None:
-    with Served(model, faults="nan_row:60:3") as served:
+    with Served(model, faults="nan_row:300:3") as served:
 
         async def run() -> None:
-            crowd = Crowd(served, 8, lambda number: number % 2 == 0, max_tokens=120)
+            crowd = Crowd(served, 8, lambda number: number % 2 == 0, max_tokens=600)
             replies = await crowd.replies()
             bad = [number for number, reply in enumerate(replies) if not reply.ended_well]
             assert len(bad) == 1
@@ -200,11 +200,13 @@ def test_f11_a_row_without_finite_logits_ends_its_request_and_no_other(model: Pa
 
 
 def test_f12_a_lost_device_ends_the_engine_process_and_not_the_server(model: Path) -> None:
-    with Served(model, faults="device_lost:60") as served:
+    with Served(model, faults="device_lost:500") as served:
 
         async def run() -> None:
             began = time.monotonic()
-            replies = await Crowd(served, 8, max_tokens=LONG).replies()
+            crowd = Crowd(served, 8, max_tokens=LONG)
+            await crowd.under_way(8)
+            replies = await crowd.replies()
             assert all(reply.stream_error is not None for reply in replies)
             assert time.monotonic() - began < 10.0
 
