@@ -8,6 +8,8 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+from generated import write_or_compare
+
 from octavo.config import ENVIRONMENT, EngineConfig
 from octavo.server.config import ServerConfig
 
@@ -79,16 +81,5 @@ def _meaning(f: "Field[Any]") -> str:
     return f"{text}; one of {', '.join(f'`{choice}`' for choice in choices)}" if choices else text
 
 
-def main() -> int:
-    """Write or compare."""
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(page(), encoding="utf-8")
-        return 0
-    if PAGE.read_text(encoding="utf-8") == page():
-        return 0
-    print(f"{PAGE} is out of date: run make config-docs", file=sys.stderr)
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_compare(PAGE, page))

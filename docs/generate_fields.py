@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
+from generated import write_or_compare
 from msgspec import inspect
 
 from octavo.server.chat import ChatRequest
@@ -324,16 +325,5 @@ def _type(kind: inspect.Type) -> str:
     return names[type(kind)]
 
 
-def main() -> int:
-    """Write or compare."""
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(page(), encoding="utf-8")
-        return 0
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page():
-        return 0
-    print(f"{PAGE} is out of date: run make config-docs", file=sys.stderr)
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_compare(PAGE, page))

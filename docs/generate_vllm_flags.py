@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from generated import write_or_compare
+
 from octavo.cli import build_parser
 from octavo.commands.options import REFUSED as ONE_VALUE
 from octavo.commands.vllm_flags import REFUSED
@@ -145,16 +147,5 @@ def _difference(words: str) -> str:
     return words or "-"
 
 
-def main() -> int:
-    """Write or compare."""
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(page(), encoding="utf-8")
-        return 0
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page():
-        return 0
-    print(f"{PAGE} is out of date: run make config-docs", file=sys.stderr)
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_compare(PAGE, page))

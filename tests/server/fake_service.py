@@ -285,3 +285,37 @@ def ask(script: Script, path: str, body: Any, **options: Any) -> Reply:
         return reply
 
     return asyncio.run(run())
+
+
+def sent(path: str, body: dict[str, Any], **options: Any) -> EngineRequest:
+    """The request that reaches the engine when a body is posted."""
+
+    async def run() -> EngineRequest:
+        service, link = make_service(texts("x"), **options)
+        reply = await send_request(service, path, body)
+        assert reply.status == 200, reply.body
+        service.close()
+        return link.requests[0]
+
+    return asyncio.run(run())
+
+
+async def late_and_left(path: str, said: Script, late_body: dict[str, Any], left_body: dict[str, Any]) -> Reply:
+    """One request that passes its deadline, and one whose client leaves: afterwards nothing of either is left.
+
+    Returns:
+        The answer to the first.
+    """
+    hold, leave = asyncio.Event(), asyncio.Event()
+    service, link = make_service(said, hold=hold)
+    late = await send_request(service, path, late_body)
+    task = asyncio.create_task(send_request(service, path, left_body, leave=leave))
+    while len(link.requests) < 2:
+        await asyncio.sleep(0)
+    leave.set()
+    assert (await asyncio.wait_for(task, 5)).left
+    assert link.aborted == {request.request_id for request in link.requests} and service.num_open == 0
+    hold.set()
+    await asyncio.gather(*link.tasks)
+    service.close()
+    return late

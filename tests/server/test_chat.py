@@ -4,6 +4,7 @@ import asyncio
 import json
 from typing import Any
 
+import fake_service
 import pytest
 from fake_service import CHATML, HERMES, THINKING, Reply, ask, make_service, send_request, texts, tokenizer
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -315,15 +316,7 @@ def test_every_field_is_in_one_of_the_tables() -> None:
 
 def sent(body: dict[str, Any], **options: Any) -> Any:
     """The request that reaches the engine."""
-
-    async def run() -> Any:
-        service, link = make_service(texts("x"), **options)
-        reply = await send_request(service, PATH, {"messages": USER, **body})
-        assert reply.status == 200, reply.body
-        service.close()
-        return link.requests[0]
-
-    return asyncio.run(run())
+    return fake_service.sent(PATH, {"messages": USER, **body}, **options)
 
 
 @pytest.mark.parametrize("name", [*HONOURED, *AS_TUPLE])

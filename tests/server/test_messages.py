@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import anthropic
+import fake_service
 import pydantic
 import pytest
 from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
@@ -378,23 +379,9 @@ def test_an_error_of_the_engine() -> None:
 
 
 def test_a_deadline_and_a_client_that_leaves() -> None:
-    async def run() -> None:
-        hold, leave = asyncio.Event(), asyncio.Event()
-        service, link = make_service(SAID, hold=hold)
-        body = {"messages": USER, "max_tokens": 99}
-        late = await send_request(service, PATH, {**body, "stream": True, "timeout": 0.05})
-        assert events_of(late)[-1]["error"]["type"] == "timeout_error"
-        task = asyncio.create_task(send_request(service, PATH, {**body, "stream": True}, leave=leave))
-        while len(link.requests) < 2:
-            await asyncio.sleep(0)
-        leave.set()
-        assert (await asyncio.wait_for(task, 5)).left
-        assert link.aborted == {request.request_id for request in link.requests} and service.num_open == 0
-        hold.set()
-        await asyncio.gather(*link.tasks)
-        service.close()
-
-    asyncio.run(run())
+    body = {"messages": USER, "max_tokens": 99, "stream": True}
+    late = asyncio.run(fake_service.late_and_left(PATH, SAID, {**body, "timeout": 0.05}, body))
+    assert events_of(late)[-1]["error"]["type"] == "timeout_error"
 
 
 # Anthropic's own client.

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import fake_service
 import openai
 import pydantic
 import pytest
@@ -419,22 +420,9 @@ def test_an_error_of_the_engine() -> None:
 
 
 def test_a_deadline_and_a_client_that_leaves() -> None:
-    async def run() -> None:
-        hold, leave = asyncio.Event(), asyncio.Event()
-        service, link = make_service(SAID, hold=hold)
-        late = await send_request(service, PATH, {"input": "Hi", "stream": True, "timeout": 0.05})
-        assert events_of(late)[-1]["code"] == "timeout_error"
-        task = asyncio.create_task(send_request(service, PATH, {"input": "Hi"}, leave=leave))
-        while len(link.requests) < 2:
-            await asyncio.sleep(0)
-        leave.set()
-        assert (await asyncio.wait_for(task, 5)).left
-        assert link.aborted == {request.request_id for request in link.requests} and service.num_open == 0
-        hold.set()
-        await asyncio.gather(*link.tasks)
-        service.close()
-
-    asyncio.run(run())
+    body = {"input": "Hi"}
+    late = asyncio.run(fake_service.late_and_left(PATH, SAID, {**body, "stream": True, "timeout": 0.05}, body))
+    assert events_of(late)[-1]["code"] == "timeout_error"
 
 
 # OpenAI's own client.

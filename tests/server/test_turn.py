@@ -1,12 +1,12 @@
 """octavo.server.turn: reasoning, calls and constraints of the answer together; and octavo.server.prompting."""
 
-import asyncio
 import json
 from typing import Any
 
+import fake_service
 import numpy as np
 import pytest
-from fake_service import CHATML, HERMES, THINKING, ask, make_service, send_request, texts, tokenizer
+from fake_service import CHATML, HERMES, THINKING, ask, texts, tokenizer
 
 from octavo.messages import EngineRequest
 from octavo.text.matcher import compile_grammar
@@ -23,15 +23,7 @@ OPENED = THINKING + "{% if add_generation_prompt %}<think>\n{% endif %}"
 
 def sent(body: dict[str, Any], **options: Any) -> EngineRequest:
     """The request that reaches the engine."""
-
-    async def run() -> EngineRequest:
-        service, link = make_service(texts("x"), **options)
-        reply = await send_request(service, PATH, {"messages": USER, **body})
-        assert reply.status == 200, reply.body
-        service.close()
-        return link.requests[0]
-
-    return asyncio.run(run())
+    return fake_service.sent(PATH, {"messages": USER, **body}, **options)
 
 
 def allows(request: EngineRequest, text: str) -> bool:
