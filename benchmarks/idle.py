@@ -162,11 +162,13 @@ def start(args: argparse.Namespace) -> Any:
     engine = LLMEngine.from_engine_args(EngineArgs(**{
         "model": str(args.model), "dtype": "bfloat16", "load_format": "dummy", "skip_tokenizer_init": True,
         "max_model_len": 4096, "device": args.device, "disable_log_stats": True, **args.engine}))
-    output = 2 * args.steps + WARM + 100
+    output = 2 * args.steps + WARM + args.batch * args.prompt // 256 + 100
     params = SamplingParams(temperature=args.temperature, ignore_eos=True, detokenize=False, max_tokens=output)
     for i, ids in enumerate(random_prompts([args.prompt] * args.batch, engine.group.info.vocab_size, 1)):
         engine.add_request(str(i), None, params, prompt_token_ids=ids, stream=False)
-    while engine.engine.stats.generated_tokens < args.batch:
+    stats, before = engine.engine.stats, 0
+    while stats.generated_tokens - before < args.batch:  # until a step gives everybody a token: no prompt is left
+        before = stats.generated_tokens
         engine.step()
     return engine
 

@@ -155,7 +155,8 @@ class StepResult(msgspec.Struct, kw_only=True):
         tokens: int32 [S] in the order of ``sample_rows``; -1 where a beam row sampled nothing.
         bad: int32 indices into sample_rows whose logits were not finite (the request ends with an error).
         logprobs: for sampling rows that asked, and for beam rows. prompt_logprobs: for computed prompt positions.
-        seconds: time of the computation. swap_seconds: time of swapping, 0 when nothing was swapped.
+        seconds: time of the computation. swap_seconds: time of swapping, 0 when nothing was swapped
+            or when it is still under way beside the next step.
         checksum: of the device tables in debug mode, else 0.
     """
 

@@ -398,17 +398,22 @@ void copy_pairs(const char* op, const void* src, void* dst, const Tensor& shape,
   }
 }
 
+struct Reached {
+  void* address;  // null: the tensor is empty
+  bool on_device;
+};
+
 // The address under which the device reaches a tensor; host memory has to be pinned at its first and at its last byte.
-void* reachable(const Contract& c, const char* name, const Tensor& t, const char* op) {
+Reached reachable(const Contract& c, const char* name, const Tensor& t, const char* op) {
   int64_t count = 1;
   for (int d = 0; d < t.ndim; ++d) count *= t.size[d];
-  if (count == 0) return nullptr;
+  if (count == 0) return {nullptr, true};
   cudaPointerAttributes first, last;
   check(cudaPointerGetAttributes(&first, t.data), op);
   check(cudaPointerGetAttributes(&last, t.ptr<char>() + count * t.item_size - 1), op);
   c.require(first.type != cudaMemoryTypeUnregistered && last.type != cudaMemoryTypeUnregistered,
             "%s lies in host memory that is not pinned: the device cannot reach it", name);
-  return first.devicePointer;
+  return {first.devicePointer, first.type == cudaMemoryTypeDevice};
 }
 
 void check_in_host_memory(const Contract& c, const Tensor& pairs, const char* op) {
@@ -516,12 +521,13 @@ void swap_blocks(const Tensor& src, const Tensor& dst, const Tensor& pairs) {
   check_in_host_memory(c, pairs, "swap_blocks");
   check_pairs(c, pairs.ptr<int32_t>(), c['N'], c['A'], c['B']);
   destinations(c, pairs.ptr<int32_t>(), c['N']);
-  const void* from = reachable(c, "src", src, "swap_blocks");
-  void* to = reachable(c, "dst", dst, "swap_blocks");
-  if (!from || !to) return;
-  // A few thread blocks keep the bus busy and leave the multiprocessors to the step that runs beside.
-  constexpr int64_t bus_blocks = 32;
-  copy_pairs("swap_blocks", from, to, src, c['A'], c['B'], pairs.ptr<int32_t>(), c['N'], bus_blocks);
+  const Reached from = reachable(c, "src", src, "swap_blocks"), to = reachable(c, "dst", dst, "swap_blocks");
+  if (!from.address || !to.address) return;
+  // A few thread blocks keep the bus busy and leave the multiprocessors to the step that runs beside. (The copy engines would leave
+  // all of them, but refuse a rectangle of host memory that was pinned in several pieces.)
+  constexpr int64_t bus_blocks = 16;
+  const int64_t most = from.on_device && to.on_device ? index_limit - 1 : bus_blocks;
+  copy_pairs("swap_blocks", from.address, to.address, src, c['A'], c['B'], pairs.ptr<int32_t>(), c['N'], most);
 }
 
 }  // namespace octavo::cuda

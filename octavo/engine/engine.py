@@ -63,6 +63,9 @@ class Group(Protocol):
                        constraint: Constraint | None) -> None:
         """Register the logits processors and the constraint of a row that the next plan starts."""
 
+    def host_ready(self) -> bool:
+        """Whether blocks can move to host memory without waiting for it first."""
+
     def close(self) -> None:
         """End the workers."""
 
@@ -85,7 +88,7 @@ class Engine:
         patient: bool = False, grammars: Grammars | None = None) -> None:
         _check_info(group.info)
         self._config, self._group, self._clock = config, group, clock
-        self._state = EngineState(config, group.info)
+        self._state = EngineState(config, group.info, group.host_ready)
         mixed = group.info.max_num_batched_tokens if patient else MIXED_PROMPT_TOKENS
         self._scheduler = Scheduler(self._state, mixed_tokens=mixed)
         self._overlap = group.asynchronous if config.async_scheduling is None else config.async_scheduling

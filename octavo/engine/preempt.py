@@ -48,13 +48,13 @@ class Preemption:
         victim.request.beams.forget_reports()
 
     def observe(self, record: StepRecord, result: StepResult) -> None:
-        """Learn from a step's times. Steps that mostly decode say little about prompts and are left out."""
-        computing = result.seconds - result.swap_seconds
-        if record.num_prompt_tokens > 4 * record.num_decodes and computing > 0:
-            rate = (record.num_prompt_tokens + record.num_decodes) / computing
+        """Learn from a step's times: of prompts where it mostly computed prompts and moved nothing, of moves where it did."""
+        if record.swapped_bytes:
+            if result.swap_seconds > 0:
+                self.swap_rate += SMOOTHING * (record.swapped_bytes / result.swap_seconds - self.swap_rate)
+        elif record.num_prompt_tokens > 4 * record.num_decodes and result.seconds > 0:
+            rate = (record.num_prompt_tokens + record.num_decodes) / result.seconds
             self.prefill_rate += SMOOTHING * (rate - self.prefill_rate)
-        if record.swapped_bytes and result.swap_seconds > 0:
-            self.swap_rate += SMOOTHING * (record.swapped_bytes / result.swap_seconds - self.swap_rate)
 
     def swap_is_cheaper(self, computed: int) -> bool:
         """True when moving the KV of ``computed`` tokens out and back takes less time than computing it again."""
@@ -66,7 +66,7 @@ class Preemption:
         computed = int(state.table.computed[row])
         mode = state.config.preemption_mode
         if mode == "auto":
-            mode = "swap" if self.swap_is_cheaper(computed) else "recompute"
+            mode = "swap" if state.host_ready() and self.swap_is_cheaper(computed) else "recompute"
         blocks: list[int] = state.table.blocks[row, : math.ceil(computed / state.block_size)].tolist()
         # A row that no plan has announced has nothing in its blocks that a swap could keep better than the cache does.
         if mode == "recompute" or not blocks or not victim.announced or len(blocks) > state.host_pool.num_available:

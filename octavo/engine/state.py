@@ -9,6 +9,7 @@ in a row or in the queue. ``check`` proves it.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,6 +71,7 @@ class EngineState:
         config: options. info: what the group measured.
 
     Attributes:
+        host_ready: whether blocks can move to host memory without waiting for it first.
         table, pool, host_pool, cache, tier, queue: see their files. requests: by id, unfinished ones.
         sequences: per row, its owner. free_rows: a stack. reserved_rows: of them, kept for the beams of running requests.
         prefilling: running sequences with prompt left to compute, in order of admission. forked: rows that may share the
@@ -79,14 +81,14 @@ class EngineState:
         host_release: host blocks that the next plan still reads. stream_names: who streamed last, with rows and generations.
     """
 
-    def __init__(self, config: EngineConfig, info: GroupInfo) -> None:
-        self.config, self.info = config, info
+    def __init__(self, config: EngineConfig, info: GroupInfo, host_ready: Callable[[], bool] = lambda: True) -> None:
+        self.config, self.info, self.host_ready = config, info, host_ready
         self.block_size = info.block_size
         self.table = RowTable(info.max_num_seqs, info.max_model_len, info.block_size)
         self.pool = BlockPool(info.num_blocks)
         self.host_pool = BlockPool(info.num_host_blocks)
         self.cache = PrefixCache(self.pool, info.block_size, enabled=config.enable_prefix_caching)
-        self.tier = HostTier(self.pool, self.host_pool, enabled=config.enable_prefix_caching)
+        self.tier = HostTier(self.pool, self.host_pool, enabled=config.enable_prefix_caching, ready=host_ready)
         self.policy = POLICIES[config.scheduling_policy]()
         self.queue = WaitingQueue(self.policy)
         self.requests: dict[str, Request] = {}

@@ -13,7 +13,7 @@ moment a plan names it until no plan that is still to be submitted can overwrite
 have saved is never found.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from octavo.engine.blocks import BlockPool
@@ -41,11 +41,14 @@ class HostTier:
 
     Args:
         pool: the device blocks; asked to tell of evictions when the tier is on. host_pool: the host blocks.
-        enabled: False saves and finds nothing, as do zero host blocks.
+        enabled: False saves and finds nothing, as do zero host blocks. ready: whether host memory takes blocks yet; what is
+            evicted before is lost, because a step would wait for it.
     """
 
-    def __init__(self, pool: BlockPool, host_pool: BlockPool, *, enabled: bool) -> None:
-        self.host_pool = host_pool
+    def __init__(
+        self, pool: BlockPool, host_pool: BlockPool, *, enabled: bool, ready: Callable[[], bool] = lambda: True
+    ) -> None:
+        self.host_pool, self._ready = host_pool, ready
         self.enabled = enabled and host_pool.num_blocks > 0
         self.saves = Saves()
         self._most = min(MAX_SAVES, max(host_pool.num_blocks // HOST_SHARE, 1))
@@ -82,6 +85,8 @@ class HostTier:
 
     def _save(self, blocks: list[int], digests: list[bytes]) -> None:
         """The device pool gives ``blocks`` away: copy them in the plan that does, which moves blocks out first."""
+        if not self._ready():
+            return
         host, saves = self.host_pool, self.saves
         there = [host.find(digest) for digest in digests]
         for found in there:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.config import EngineConfig
-from octavo.errors import ConfigError, DeviceLost
+from octavo.errors import DeviceLost
 from octavo.layers.workspace import Arena
 from octavo.log import get_logger
 from octavo.models import registry
@@ -38,6 +38,7 @@ from octavo.worker.gpu import Gpu
 from octavo.worker.graphs import MIXED_SIZES, sizes
 from octavo.worker.logit_edits import LogitEdits, Processor
 from octavo.worker.memory import MemoryPlan, plan_memory, resolve_dtype, step_bytes
+from octavo.worker.mover import BlockMover
 from octavo.worker.pairs import checked_pairs
 from octavo.worker.pending import DevicePending
 from octavo.worker.tables import Index, Tables
@@ -68,7 +69,7 @@ class CudaRunner:
         for note in self.memory.notes:
             logger.info(note)
         m, device = self.memory, gpu.name
-        self._stream, self._side = gpu.stream(), gpu.stream()
+        self._stream = gpu.stream()
         with gpu.use(self._stream), torch.inference_mode():
             self._decoder = decoder or load_model(source, config, m.dtype, m.max_model_len, device)
             gpu.trim()
@@ -89,6 +90,7 @@ class CudaRunner:
             self._sampler = CudaSampler(
                 self.tables, self._edits, self._rows, gpu, processed=config.logprobs_mode == "processed_logprobs")
             self._host = gpu.host_pool((*shape[:2], m.num_host_blocks, *shape[3:]), m.kv_dtype)
+            self._mover = BlockMover(self.kv, self._host, m.num_staged, gpu, self._stream)
             self._events = [gpu.event() for _ in range(SLOTS)]
             self._last: DevicePending | None = None
             self._slots: list[DevicePending | None] = [None] * SLOTS
@@ -142,16 +144,22 @@ class CudaRunner:
         """Wait for the device and give its memory and the host's back; nothing can be submitted afterwards."""
         try:
             self._stream.synchronize()
+            self._mover.settle()
             for pending in self._slots:
                 if pending is not None:
                     pending.settle()
         finally:
             self._host.close()
             self._slots, self._last, self._graphs, self._functions = [None] * SLOTS, None, None, {}
-            for name in ("kv", "_decoder", "_rows", "_arena", "_hidden", "_gathered", "_logits", "_edits", "_sampler", "_host"):
+            for name in ("kv", "_decoder", "_rows", "_arena", "_hidden", "_gathered", "_logits", "_edits", "_sampler", "_host",
+                         "_mover"):
                 delattr(self, name)
             gc.collect()  # tensors and functions refer to each other
             self._gpu.trim()
+
+    def host_ready(self) -> bool:
+        """Whether blocks can move to host memory without waiting for it first."""
+        return self._host.ready
 
     def wait(self, slot: int) -> None:
         """Wait for the end of the step that uses a slot.
@@ -287,36 +295,14 @@ class CudaRunner:
         self.tables.advance(plan)
 
     def _move(self, plan: StepPlan, pending: DevicePending) -> None:
-        """Swap out, copy, swap in. Swaps run on the side stream, which waits for this one and is waited for by it."""
+        """Swap out, copy, swap in."""
         device, host = self.memory.num_blocks, self.memory.num_host_blocks
         if len(plan.swap_out):
-            pairs = checked_pairs(plan.swap_out, device, host, "swap out")
-            self._aside(pending, partial(self._swap, self.kv, self._host.tensor, pairs))
+            pending.swaps += self._mover.out(checked_pairs(plan.swap_out, device, host, "swap out"))
         if len(plan.copies):
             ops.copy_blocks(self.kv, checked_pairs(plan.copies, device, device, "copy"))
         if len(plan.swap_in):
-            pairs = checked_pairs(plan.swap_in, host, device, "swap in")
-            self._aside(pending, partial(self._swap, self._host.tensor, self.kv, pairs))
-
-    def _swap(self, source: Tensor, target: Tensor, pairs: Tensor) -> None:
-        try:
-            self._host.wait()
-        except ConfigError:  # memory that could not be pinned (said in the log): torch's own copies, slow and correct
-            reads, writes = pairs.long().unbind(1)
-            part = source.view(torch.uint8)[:, :, reads.to(source.device)]  # bytes: an 8-bit float cannot be indexed everywhere
-            target.view(torch.uint8)[:, :, writes.to(target.device)] = part.to(target.device)
-        else:
-            ops.swap_blocks(source, target, pairs)
-
-    def _aside(self, pending: DevicePending, move: Callable[[], None]) -> None:
-        begin, end = self._gpu.event(timing=True), self._gpu.event(timing=True)
-        self._side.wait_stream(self._stream)
-        with self._gpu.use(self._side):
-            begin.record(self._side)
-            move()
-            end.record(self._side)
-        self._stream.wait_event(end)
-        pending.swaps.append((begin, end))
+            pending.swaps += self._mover.into(checked_pairs(plan.swap_in, host, device, "swap in"))
 
     def _warm_up(self) -> None:
         """Run every kernel at the largest step and capture all sizes: milliseconds each. All tokens are padding."""

@@ -9,15 +9,16 @@ from collections.abc import Callable, Hashable
 import torch
 
 MIXED_SIZES = (16, 32, *range(64, 513, 64))  # tokens of the mixed steps that are captured
+FINEST = 32  # rows between two sizes of large steps: products compute every row of padding there
 
 
 def sizes(most: int) -> tuple[int, ...]:
-    """1 to 8, then four sizes an octave up to ``most``: at most 25 % of a padded step is padding."""
+    """1 to 8, then four sizes an octave, but none more than 32 rows from the next, up to ``most``: a step has little padding."""
     found = list(range(1, 9))
     step = 2
     while found[-1] < most:
         found += [found[-1] + step * i for i in range(1, 5)]
-        step *= 2
+        step = min(2 * step, FINEST)
     return (*(size for size in found if size < most), most)
 
 

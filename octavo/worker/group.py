@@ -82,6 +82,10 @@ class LocalGroup:
         else:  # in order, without waiting: a registration that fails is found by the plan that starts the row
             self._thread.submit(self.runner.set_processors, row, generation, processors, constraint)
 
+    def host_ready(self) -> bool:
+        """Host memory takes blocks from the start."""
+        return True
+
     def close(self) -> None:
         """Wait for what was submitted and refuse more. Closing twice is allowed."""
         self._closed = True
@@ -120,6 +124,10 @@ class GpuGroup:
         """Register what the host has for a row; call it before submitting the plan that starts the row."""
         self._check_open()
         self.runner.set_processors(row, generation, processors, constraint)
+
+    def host_ready(self) -> bool:
+        """Whether blocks can move to host memory without waiting for its pinning."""
+        return self.runner.host_ready()
 
     def close(self) -> None:
         """Wait for what was submitted and refuse more. Closing twice is allowed."""

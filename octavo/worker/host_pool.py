@@ -4,8 +4,11 @@ Owns the memory and the pinning; it does not know what is swapped. Invariant: no
 returned, and it stays pinned until it is closed.
 """
 
+import contextlib
+import math
 import mmap
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,8 +20,9 @@ from octavo.errors import ConfigError
 from octavo.log import get_logger
 
 PAGE = mmap.PAGESIZE
-PIECE = 8 * 2**20  # bytes pinned at once: the driver's lock is held for as long, and launches wait for it
-PAUSE = 0.1  # seconds between two pieces while nobody waits for them
+PIECE = 2 * 2**20  # bytes pinned at once: the driver's lock is held for as long, and launches wait for it
+PAUSE = 0.005  # seconds between two pieces while nobody waits for them, at least, ...
+SHARE = 10  # ... and at least so many times what a piece took
 logger = get_logger(__name__)
 
 
@@ -31,7 +35,7 @@ class HostPool:
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: str = "cuda") -> None:
         self._device = device
-        self.tensor: Tensor = torch.empty(shape, dtype=dtype)
+        self.tensor = _large_pages(shape, dtype)
         self._pinned: list[int] = []
         self._error = ""
         self._stop = threading.Event()
@@ -40,6 +44,11 @@ class HostPool:
         self._unpin = weakref.finalize(self, _unpin, self._pinned)
         if self.tensor.numel():
             self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether ``wait`` would return the tensor at once."""
+        return not self._error and (self._thread.ident is None or not self._thread.is_alive())
 
     def wait(self) -> Tensor:
         """The tensor, once all of it is pinned.
@@ -82,6 +91,7 @@ class HostPool:
             if self._stop.is_set():
                 return
             content[start - base : stop - base].zero_()  # the pages are made here, where no lock of the driver is held
+            begun = time.monotonic()
             error = cudart.cudaHostRegister(start, stop - start, 0)
             if int(error) != 0:
                 self._error = str(error)
@@ -89,7 +99,19 @@ class HostPool:
                 return
             self._pinned.append(start)
             if not self._hurry.is_set():
-                self._stop.wait(PAUSE)
+                self._stop.wait(max(PAUSE, SHARE * (time.monotonic() - begun)))
+
+
+def _large_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor in memory of large pages where the system has them: fewer to make and to pin."""
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _unpin(starts: list[int]) -> None:

@@ -32,6 +32,7 @@ from octavo.worker.staging import capacity
 CPU_POOL = 4 * GIB
 HOST_SHARE = 0.7  # most of the host's memory that swap_space may ask for
 CUDA_RESERVE = GIB  # context, libraries, graphs
+STAGED = 64 * 2**20  # bytes of a half of the staging for blocks that move to the host or back
 CUDA_ROWS = 2048  # sequences that one work list of attention holds
 PANEL = 32  # rows of a packed panel
 FLOAT = 4
@@ -63,7 +64,8 @@ class MemoryPlan:
     Attributes:
         rows: device memory, line by line. host: host memory for swapping.
         dtype, kv_dtype: of weights and KV cache. block_bytes: of one block, all layers, K and V.
-        num_blocks, num_host_blocks, block_size. max_model_len: fitted. max_num_seqs, max_num_batched_tokens: resolved.
+        num_blocks, num_host_blocks, block_size. num_staged: blocks in a half of the staging of moves (0 on a CPU).
+        max_model_len: fitted. max_num_seqs, max_num_batched_tokens: resolved.
         window_waste: bytes that one sequence of max_model_len keeps although its layers with a window never read them.
         notes: what was fitted, in sentences.
     """
@@ -75,6 +77,7 @@ class MemoryPlan:
     block_bytes: int
     num_blocks: int
     num_host_blocks: int
+    num_staged: int
     block_size: int
     max_model_len: int
     max_num_seqs: int
@@ -136,7 +139,10 @@ def plan_memory(spec: DecoderSpec, config: EngineConfig, dtype: torch.dtype, mac
     num_seqs, budget = _limits(config, machine.device, wanted)
     kv_dtype = _kv_dtype(config, machine.device, dtype)
     block_bytes = token_bytes(spec, kv_dtype) * config.block_size
-    rows = _fixed_rows(spec, dtype, machine, wanted, num_seqs, budget, config.block_size)
+    staged = _staged(config, machine, block_bytes)
+    staging = MemoryRow("staging", 2 * staged * block_bytes, f"2 x {staged} blocks on their way to the host or back")
+    extra = (staging,) if staged else ()
+    rows = (*_fixed_rows(spec, dtype, machine, wanted, num_seqs, budget, config.block_size), *extra)
     fixed = sum(row.bytes for row in rows)
     num_blocks, how = _pool(config, machine, fixed, block_bytes, num_seqs * _ceil(wanted, config.block_size))
     notes = []
@@ -149,7 +155,7 @@ def plan_memory(spec: DecoderSpec, config: EngineConfig, dtype: torch.dtype, mac
             "max_model_len",
         )
     if fitted < wanted:
-        rows = _fixed_rows(spec, dtype, machine, fitted, num_seqs, budget, config.block_size)
+        rows = (*_fixed_rows(spec, dtype, machine, fitted, num_seqs, budget, config.block_size), *extra)
         notes.append(f"max_model_len is {fitted}: the model could take {wanted} tokens, the KV pool holds {fitted}.")
     pool = MemoryRow(
         "KV pool", (num_blocks + 1) * block_bytes, f"{num_blocks} blocks + 1 scratch x {size_text(block_bytes)}; {how}"
@@ -166,6 +172,7 @@ def plan_memory(spec: DecoderSpec, config: EngineConfig, dtype: torch.dtype, mac
         block_bytes=block_bytes,
         num_blocks=num_blocks,
         num_host_blocks=num_host,
+        num_staged=staged,
         block_size=config.block_size,
         max_model_len=fitted,
         max_num_seqs=num_seqs,
@@ -338,6 +345,12 @@ def _pool(config: EngineConfig, machine: Machine, fixed: int, block_bytes: int, 
             how if how in ("num_gpu_blocks_override", "kv_cache_memory_bytes") else param,
         )
     return num_blocks, how
+
+
+def _staged(config: EngineConfig, machine: Machine, block_bytes: int) -> int:
+    """Blocks in a half of the staging of a GPU: 0 when nothing can move."""
+    most = int(config.swap_space * GIB) // block_bytes
+    return min(most, max(1, STAGED // block_bytes)) if machine.device == "cuda" else 0
 
 
 def _host_blocks(

@@ -95,6 +95,12 @@ class DevicePending:
             logprobs=self.finish(drawn) if self.finish is not None else [],
             prompt_logprobs=self.prompts() if self.prompts is not None else [],
             seconds=self.ended - begun if self._plan.rows.size else 0.0,
-            swap_seconds=sum(begin.elapsed_time(end) for begin, end in self.swaps) / 1000,
+            swap_seconds=self._swap_seconds(),
             checksum=self.checksum,
         )
+
+    def _swap_seconds(self) -> float:
+        """Time of the moves over the bus, which run beside the step; 0 while one of them is under way."""
+        if not all(end.query() for _, end in self.swaps):
+            return 0.0
+        return float(sum(begin.elapsed_time(end) for begin, end in self.swaps)) / 1000

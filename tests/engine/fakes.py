@@ -164,6 +164,9 @@ class FakeGroup:
         self.kv = np.zeros((self.info.num_blocks, self.info.block_size), np.uint64)
         self.host = np.zeros((self.info.num_host_blocks, self.info.block_size), np.uint64)
 
+    def host_ready(self):
+        return True
+
     def set_processors(
         self, row: int, generation: int, processors: Sequence[Callable], constraint: Callable | None = None
     ) -> None:

@@ -41,9 +41,10 @@ def test_the_cheaper_way_is_taken():
     assert not preemption.swap_is_cheaper(100)
 
 
-@pytest.mark.parametrize(("rate", "swaps"), [(1e12, True), (1.0, False)])
-def test_auto_follows_the_rates(rate, swaps):
+@pytest.mark.parametrize(("rate", "ready", "swaps"), [(1e12, True, True), (1.0, True, False), (1e12, False, False)])
+def test_auto_follows_the_rates_once_host_memory_is_ready(rate, ready, swaps):
     bench = Bench(blocks=10, host_blocks=40, rows=3, max_model_len=80)
+    bench.engine._state.host_ready = lambda: ready
     bench.engine._scheduler.preemption.swap_rate = rate
     bench.engine._scheduler.preemption.observe = lambda *_: None
     for i in range(3):

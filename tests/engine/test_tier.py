@@ -57,6 +57,19 @@ def test_a_failed_step_has_saved_nothing():
     assert host.num_free == 8 and not host.published()
 
 
+def test_what_is_evicted_before_host_memory_is_ready_is_lost():
+    ready = False
+    pool, host = BlockPool(3), BlockPool(8)
+    tier = HostTier(pool, host, enabled=True, ready=lambda: ready)
+    fill(pool, 0, 3)
+    pool.take(1)
+    assert not tier.take_saves().host and host.num_used == 0
+    ready = True
+    pool.take(1)
+    saves = tier.take_saves()
+    assert saves.digests == [name(1)] and len(saves.host) == 1
+
+
 def test_the_oldest_host_prefix_makes_room_and_a_second_eviction_copies_nothing():
     pool, host = BlockPool(4), BlockPool(8)
     tier = HostTier(pool, host, enabled=True)

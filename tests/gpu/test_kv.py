@@ -8,6 +8,7 @@ import torch
 
 from octavo import ops
 from octavo.ops import fused_reference, reference
+from octavo.worker import host_pool
 
 ACTS = (torch.float32, torch.bfloat16, torch.float16)
 E4M3 = torch.float8_e4m3fn
@@ -270,6 +271,27 @@ def test_swap_blocks(shape, dtype, places):
             pairs.zero_()  # the list is taken when the operator is called
         stream.synchronize()
         assert torch.equal(bits(dst).cpu(), wanted), f"{shape} {dtype} {count} pairs, {places}"
+
+
+def test_swap_blocks_across_pieces_of_pinned_memory(monkeypatch):
+    """The host's pool is pinned piece by piece, and a run of blocks lies in many of them."""
+    monkeypatch.setattr(host_pool, "PIECE", 3 * host_pool.PAGE)
+    monkeypatch.setattr(host_pool, "PAUSE", 0.0)
+    monkeypatch.setattr(host_pool, "SHARE", 0)
+    pool = host_pool.HostPool((3, 2, 40, 16, 2, 128), torch.bfloat16, "cuda:0")
+    host = pool.wait()
+    assert len(pool._pinned) > 50
+    kv = torch.randn(3, 2, 30, 16, 2, 128, device="cuda", dtype=torch.bfloat16)
+    out = torch.tensor([*((i, i + 7) for i in range(4, 24)), (0, 39), (2, 0)], dtype=torch.int32)
+    ops.swap_blocks(kv, host, out)
+    torch.cuda.synchronize()
+    reads, writes = out.long().unbind(1)
+    assert torch.equal(host[:, :, writes], kv.cpu()[:, :, reads])
+    assert not host[:, :, [1, 10, 31, 38]].any()
+    back = torch.zeros_like(kv)
+    ops.swap_blocks(host, back, out.flip(1))
+    assert torch.equal(back.cpu()[:, :, reads], kv.cpu()[:, :, reads])
+    pool.close()
 
 
 def test_in_a_graph():

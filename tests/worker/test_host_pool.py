@@ -83,7 +83,7 @@ def test_it_is_a_tensor_of_the_shape_asked_for(driver):
 
 def test_nothing_is_pinned_for_nothing(driver):
     pool = HostPool((3, 0, 8), torch.float32)
-    assert pool.wait().numel() == 0 and driver.seen == []
+    assert pool.ready and pool.wait().numel() == 0 and driver.seen == []
     pool.close()
 
 
@@ -93,9 +93,10 @@ def test_nobody_gets_it_before_all_of_it_is_pinned(driver):
     got = []
     waiting = threading.Thread(target=lambda: got.append(len(driver.pieces) if pool.wait() is pool.tensor else None))
     waiting.start()
-    assert got == []
+    assert got == [] and not pool.ready
     driver.gate.set()
     waiting.join(10)
+    assert pool.ready
     assert got == [len(driver.seen)] and len(driver.seen) >= 5
     pool.close()
 
@@ -128,7 +129,7 @@ def test_a_refusal_is_an_error_with_the_size_and_the_reason(driver, accepts):
         with pytest.raises(ConfigError, match=rf"swap_space: {20 * PAGE} bytes .* could not be pinned: refusal 2\.") as caught:
             pool.wait()
         assert caught.value.param == "swap_space"
-    assert len(driver.pieces) == accepts
+    assert len(driver.pieces) == accepts and not pool.ready
     pool.close()
     assert not driver.pieces
 
