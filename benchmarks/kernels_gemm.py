@@ -3,13 +3,16 @@
 Every figure is the median replay of a CUDA graph that walks over more weights than the L2 cache holds. The floor is the time that
 the device needs to copy as many bytes. Prints tables for people and one JSON object as the last line:
 
-    python benchmarks/kernels_gemm.py --rows 1,8,16,32,64
+    python benchmarks/kernels_gemm.py --rows 1,8,16,17,32,64,128
+
+"Ours" is what DenseWeight takes: the skinny operators up to 16 rows, above them the tile operators, where the device has them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,7 +21,7 @@ from timing import seconds
 from torch import Tensor
 
 from octavo import ops
-from octavo.ops.fused import SKINNY_SCRATCH
+from octavo.ops.fused import SKINNY_ROWS, SKINNY_SCRATCH
 
 # hidden, columns of qkv, columns of q, inner size, vocabulary, layers in a chain
 MODELS = {
@@ -61,17 +64,28 @@ def layer_shapes(name: str) -> list[tuple[str, int, int]]:
     ]
 
 
+def operators(m: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    """linear(out, x, weight) and gated(out, x, weight) for m rows."""
+    if m > SKINNY_ROWS and torch.cuda.get_device_capability() == (9, 0):
+        return (lambda out, x, w: ops.tile_linear(out, x, w, None)), (lambda out, x, w: ops.tile_gated(out, x, w, None, "silu"))
+    scratch = torch.zeros(SKINNY_SCRATCH, device="cuda")
+    return (
+        lambda out, x, w: ops.skinny_linear(out, x, w, None, scratch),
+        lambda out, x, w: ops.skinny_gated(out, x, w, None, "silu", scratch),
+    )
+
+
 def one_shape(pool: Pool, kind: str, k: int, n: int, m: int) -> tuple[float, float]:
     """Seconds of ours and of cuBLAS for one product."""
     count = max(2, min(64, ROTATED // (2 * n * k)))
     weights = [pool.weight(n, k) for _ in range(count)]
-    x, scratch = torch.randn(m, k, dtype=DTYPE, device="cuda"), torch.zeros(SKINNY_SCRATCH, device="cuda")
+    x = torch.randn(m, k, dtype=DTYPE, device="cuda")
     columns = n // 2 if kind == "gated" else n
     out = torch.empty(m, columns, dtype=torch.float32 if kind == "head" else DTYPE, device="cuda")
-    if kind == "gated":
-        ours = seconds([partial(ops.skinny_gated, out, x, w, None, "silu", scratch) for w in weights])
-    else:
-        ours = seconds([partial(ops.skinny_linear, out, x, w, None, scratch) for w in weights])
+    linear, gated = operators(m)
+    ours = seconds([partial(gated if kind == "gated" else linear, out, x, w) for w in weights])
+    if kind == "head":
+        return ours, seconds([partial(torch.mm, x, w.t(), out_dtype=torch.float32, out=out) for w in weights])
     return ours, seconds([partial(F.linear, x, w) for w in weights])
 
 
@@ -84,6 +98,7 @@ def chain(pool: Pool, name: str, m: int, form: str) -> tuple[float, int]:
     scratch = torch.zeros(SKINNY_SCRATCH, device="cuda")
     totals = torch.randn(2, m, hidden, device="cuda")
     delta, nw = torch.randn(m, hidden, dtype=DTYPE, device="cuda"), torch.ones(hidden, device="cuda")
+    linear, gated = operators(m)
     a, b = torch.empty(m, qkv_size, dtype=DTYPE, device="cuda"), torch.empty(m, inner, dtype=DTYPE, device="cuda")
     weights = [
         [pool.weight(n, k) for n, k in ((qkv_size, hidden), (hidden, q_size), (2 * inner, hidden), (hidden, inner))]
@@ -99,20 +114,20 @@ def chain(pool: Pool, name: str, m: int, form: str) -> tuple[float, int]:
             if form == "normed":
                 ops.norm_linear(a, totals[1], totals[0], delta, nw, 1e-6, 0.0, qkv, None, scratch)
             else:
-                ops.skinny_linear(a, delta, qkv, None, scratch)
-            ops.skinny_linear(delta, a[:, :q_size], o, None, scratch)
+                linear(a, delta, qkv)
+            linear(delta, a[:, :q_size], o)
             if form == "normed":
                 ops.norm_gated(b, totals[0], totals[1], delta, nw, 1e-6, 0.0, up, None, "silu", scratch)
             else:
-                ops.skinny_gated(b, delta, up, None, "silu", scratch)
-            ops.skinny_linear(delta, b, down, None, scratch)
+                gated(b, delta, up)
+            linear(delta, b, down)
 
     return seconds([run]), sum(w.numel() * 2 for layer in weights for w in layer)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="1,8,16,32,64", help="comma-separated numbers of rows")
+    parser.add_argument("--rows", default="1,8,16,17,32,64,128", help="comma-separated numbers of rows")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated names of sizes")
     args = parser.parse_args()
     rows, models = [int(m) for m in args.rows.split(",")], args.models.split(",")
@@ -139,7 +154,7 @@ def main() -> None:
         for name in models:
             for m in rows:
                 line = f"{name:>4} M {m:<3}"
-                for form in ("plain", "normed", "cublas"):
+                for form in ("plain", "normed", "cublas") if m <= SKINNY_ROWS else ("plain", "cublas"):
                     time, size = chain(pool, name, m, form)
                     line += f" | {form} {time / MODELS[name][-1] * 1e6:6.1f} {size / time / 1e12:5.2f}"
                     figures[f"chain {form} {name} M={m}"] = {

@@ -133,6 +133,8 @@ STABLE_TORCH_LIBRARY(octavo, m) {
   m.def(
       "norm_gated(Tensor(a!) out, Tensor(b!) total, Tensor residual, Tensor delta, Tensor norm_weight, float eps, float offset, "
       "Tensor weight, Tensor? bias, str kind, Tensor(c!) scratch) -> ()");
+  m.def("tile_linear(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias) -> ()");
+  m.def("tile_gated(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, str kind) -> ()");
   m.def("count_tokens(Tensor(a!) counts, Tensor slots, Tensor tokens) -> ()");
   m.def(
       "begin_step(Tensor staging, Tensor(a!) block_tables, Tensor(b!) last_token, Tensor(c!) parameters, Tensor(d!) ids, "

@@ -21,11 +21,7 @@
 #include "hopper.cuh"
 #include "launch.h"
 #include "prefill_work.h"
-
-#if CUDART_VERSION >= 12000
-#define OCTAVO_TENSOR_MAPS 1
-#include <cuda.h>  // types only: nothing of the driver's library is linked
-#endif
+#include "tensor_map.h"
 
 namespace octavo::cuda {
 
@@ -571,22 +567,6 @@ bool built_for_device() {
   return built;
 }
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode encoder() {
-  static const Encode found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
-  }();
-  return found;
-}
-
 // A cache [B, S, H, D] as boxes of one piece of tokens, one head, one panel. The number of blocks is not known and need not be: the
 // block tables are trusted.
 CUtensorMap map_of(const void* cache, const AttentionParams& p, int keys) {
@@ -595,14 +575,7 @@ CUtensorMap map_of(const void* cache, const AttentionParams& p, int keys) {
   const cuuint64_t size[] = {static_cast<cuuint64_t>(p.head_dim), kv_heads, block_size, 1u << 30};
   const cuuint64_t stride[] = {row, row * kv_heads, row * kv_heads * block_size};
   const cuuint32_t box[] = {panel_elements, 1, static_cast<cuuint32_t>(p.block_size < keys ? p.block_size : keys), 1};
-  const cuuint32_t step[] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result =
-      encoder()(&map, p.act == bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, const_cast<void*>(cache), size,
-                stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  check(result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue, "paged_attention: tensor map");
-  return map;
+  return tensor_map("paged_attention: tensor map", p.act == bf16, cache, size, stride, box);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -638,7 +611,7 @@ bool prefill_sm90_takes(const AttentionParams& p) {
   const bool types = (p.act == bf16 || p.act == f16) && p.kv == p.act && !p.alibi;
   const bool sizes = (p.head_dim == 64 || p.head_dim == 128 || p.head_dim == 256) && p.block_size >= 8 && (p.block_size & (p.block_size - 1)) == 0;
   const bool memory = aligned(p.out) && aligned(p.q) && aligned(p.k_cache) && aligned(p.v_cache) && p.q_stride % 8 == 0;
-  return types && sizes && memory && p.scale > 0.f && device().capability == 90 && built_for_device() && encoder();
+  return types && sizes && memory && p.scale > 0.f && device().capability == 90 && built_for_device() && tensor_map_encoder();
 }
 
 void launch_prefill_sm90(const AttentionParams& p, cudaStream_t stream) {

@@ -1,5 +1,5 @@
 // What gemm_skinny.cu is made of: the parameters of a call, asynchronous copies, the tensor-core product, and the norm that may come
-// before it. It does not know how a product is cut into thread blocks. Invariant: every sum here is written out term by term, so that
+// before it; gemm_tile_sm90.cu takes the activations from here. It does not know how a product is cut into thread blocks. Invariant: every sum here is written out term by term, so that
 // two kernels that call the same function get the same bits.
 //
 // Instructions newer than a target are replaced by a trap: the host side never launches such a kernel on such a device.
@@ -9,12 +9,23 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <string>
+#include <string_view>
 
+#include "common/check.h"
 #include "launch.h"
 
 namespace octavo::cuda {
 
 enum class Activation : int { none, silu, gelu, gelu_tanh, relu };
+
+inline Activation activation_of(const Contract& c, std::string_view kind) {
+  if (kind == "silu") return Activation::silu;
+  if (kind == "gelu") return Activation::gelu;
+  if (kind == "gelu_tanh") return Activation::gelu_tanh;
+  c.require(kind == "relu", "kind must be silu, gelu, gelu_tanh or relu, got '%s'", std::string(kind).c_str());
+  return Activation::relu;
+}
 
 struct SkinnyParams {
   void* out;            // act or float32 [M, N], rows out_stride apart

@@ -418,14 +418,6 @@ void run(const char* op, const SkinnyParams& p, cudaStream_t stream) {
   return launch_plan<T, 2, 8, 2, false>(op, p, stream);
 }
 
-Activation activation_of(const Contract& c, std::string_view kind) {
-  if (kind == "silu") return Activation::silu;
-  if (kind == "gelu") return Activation::gelu;
-  if (kind == "gelu_tanh") return Activation::gelu_tanh;
-  c.require(kind == "relu", "kind must be silu, gelu, gelu_tanh or relu, got '%s'", std::string(kind).c_str());
-  return Activation::relu;
-}
-
 bool aligned(const Tensor& t, int64_t bytes) { return reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(bytes) == 0; }
 
 // What all four share. x: the activations, or the addend of the norm.

@@ -1,5 +1,5 @@
 // Instructions that only Hopper (sm_90a) has, one function each: mbarriers, bulk tensor copies, wgmma, named barriers, register
-// budgets. It knows no algorithm and no kernel. Everything here is PTX of the "sm_90a" target, so it is only called from code between
+// budgets, clusters of thread blocks. It knows no algorithm and no kernel. Everything here is PTX of the "sm_90a" target, so it is only called from code between
 // `#ifdef OCTAVO_HOPPER`. Sources: PTX ISA, chapters "mbarrier", "cp.async.bulk.tensor" and "Asynchronous warpgroup level matrix".
 //
 // Layout of an operand in shared memory, everywhere in this engine: rows of 64 elements of 16 bits (128 bytes), 16-byte chunk c of row r
@@ -46,12 +46,66 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// --- clusters: thread blocks that run side by side and can write each other's shared memory -------------------------------------------
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Where `address` of this thread block's shared memory is in that of thread block `rank` of the cluster.
+__device__ __forceinline__ uint32_t at_rank(uint32_t address, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+// barrier_arrive() at a barrier of any thread block of the cluster; what this thread read and wrote before happens before.
+__device__ __forceinline__ void barrier_arrive_there(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Stores that do not wait: they count as bytes at the barrier, which lies in the same thread block's memory as the target.
+__device__ __forceinline__ void send(uint32_t target, float a, float b, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(target), "f"(a), "f"(b), "r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void send(uint32_t target, float a, float b, float c, float d, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target), "f"(a), "f"(b),
+               "f"(c), "f"(d), "r"(barrier)
+               : "memory");
+}
+// barrier_wait() for what other thread blocks of the cluster have sent.
+__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], %1;\n"
+      "@over bra done;\n"
+      "bra again;\n"
+      "done:\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
 // --- copies ----------------------------------------------------------------------------------------------------------------------
 // One box of a tensor map to shared memory; what lies outside of the tensor arrives as zeros and counts as bytes.
 __device__ __forceinline__ void copy_box(uint32_t target, const void* map, int x0, int x1, int x2, int x3, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(target),
       "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier)
+      : "memory");
+}
+// The same with a cache policy of createpolicy.
+__device__ __forceinline__ void copy_box(uint32_t target, const void* map, int x0, int x1, int x2, int x3, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(
+          target),
+      "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier), "l"(policy)
+      : "memory");
+}
+// The same into the memory of several thread blocks of the cluster, those in `mask`, each with the target and the barrier at its own place.
+__device__ __forceinline__ void copy_box_to(uint16_t mask, uint32_t target, const void* map, int x0, int x1, int x2, int x3, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], "
+      "%7;" ::"r"(target),
+      "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier), "h"(mask)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
@@ -104,9 +158,11 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panel) {
 }
 
 #define OCTAVO_D8(b) "+f"(d[b]), "+f"(d[b + 1]), "+f"(d[b + 2]), "+f"(d[b + 3]), "+f"(d[b + 4]), "+f"(d[b + 5]), "+f"(d[b + 6]), "+f"(d[b + 7])
+#define OCTAVO_D16(b) OCTAVO_D8(b), OCTAVO_D8(b + 8)
 #define OCTAVO_D32(b) OCTAVO_D8(b), OCTAVO_D8(b + 8), OCTAVO_D8(b + 16), OCTAVO_D8(b + 24)
 #define OCTAVO_D64(b) OCTAVO_D32(b), OCTAVO_D32(b + 32)
 #define OCTAVO_D128(b) OCTAVO_D64(b), OCTAVO_D64(b + 64)
+#define OCTAVO_N16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define OCTAVO_N32                                                                                                        \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, " \
   "%26, %27, %28, %29, %30, %31"
@@ -136,7 +192,9 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panel) {
 // d[4 j], d[4 j + 1] are the upper row's, d[4 j + 2], d[4 j + 3] the lower row's.
 template <bool bf16, int n>
 __device__ __forceinline__ void multiply(float (&d)[n / 2], uint64_t a, uint64_t b, int accumulate) {
-  static_assert(n == 64 || n == 128, "no other width is used");
+  static_assert(n == 32 || n == 64 || n == 128, "no other width is used");
+  if constexpr (n == 32 && bf16) OCTAVO_SS("32", "bf16", OCTAVO_N16, OCTAVO_D16(0), "16", "17", "18");
+  if constexpr (n == 32 && !bf16) OCTAVO_SS("32", "f16", OCTAVO_N16, OCTAVO_D16(0), "16", "17", "18");
   if constexpr (n == 64 && bf16) OCTAVO_SS("64", "bf16", OCTAVO_N32, OCTAVO_D32(0), "32", "33", "34");
   if constexpr (n == 64 && !bf16) OCTAVO_SS("64", "f16", OCTAVO_N32, OCTAVO_D32(0), "32", "33", "34");
   if constexpr (n == 128 && bf16) OCTAVO_SS("128", "bf16", OCTAVO_N64, OCTAVO_D64(0), "64", "65", "66");

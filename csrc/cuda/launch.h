@@ -39,21 +39,35 @@ __device__ __forceinline__ void dependents_start() {
 #endif
 }
 
-// Launch with programmatic dependence on the kernel before. Raises the kernel's limit of dynamic shared memory where needed.
+// Launch with programmatic dependence on the kernel before. Raises the kernel's limit of dynamic shared memory where needed. cluster:
+// thread blocks of a cluster, neighbours along x; 1 is none.
 template <class... Parameters, class... Arguments>
-void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, Arguments&&... arguments) {
+void launch_clusters(const char* op, void (*kernel)(Parameters...), unsigned cluster, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                     Arguments&&... arguments) {
   if (shared > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op);
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = dependent_launch() ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (dependent_launch()) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = cluster;
+    attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
+    ++config.numAttrs;
+  }
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), op);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, Arguments&&... arguments) {
+  launch_clusters(op, kernel, 1, grid, block, shared, stream, static_cast<Parameters>(arguments)...);
 }
 #endif
 

@@ -119,6 +119,17 @@ void norm_linear(const Tensor& out,       // act [M, N]
 void norm_gated(const Tensor& out, const Tensor& total, const Tensor& residual, const Tensor& delta, const Tensor& norm_weight, double eps,
                 double offset, const Tensor& weight, const Tensor* bias, std::string_view kind, const Tensor& scratch);
 
+// --- gemm_tile_sm90.cu: 1 to 128 rows, on compute capability 9.0 alone (it refuses others); K is split by the weight's shape alone -----
+void tile_linear(const Tensor& out,     // act or float32 [M, N]; stride of dimension 0 free
+                 const Tensor& x,       // act [M, K], float16 or bfloat16; stride of dimension 0 free
+                 const Tensor& weight,  // act [N, K]
+                 const Tensor* bias);   // float32 [N]
+void tile_gated(const Tensor& out,     // act [M, I] = activation(x @ weight[:I].T) * (x @ weight[I:].T); I a multiple of 8
+                const Tensor& x,       // act [M, K]
+                const Tensor& weight,  // act [2 I, K]
+                const Tensor* bias,    // float32 [2 I]
+                std::string_view kind);
+
 // --- sampling.cu: contracts as in ops/reference.py -----------------------------------------------------------------------------------
 void penalties(const Tensor& logits, const Tensor& counts, const Tensor& prompt_mask, const Tensor& slots, const Tensor& repetition,
                const Tensor& frequency, const Tensor& presence);

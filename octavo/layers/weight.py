@@ -15,6 +15,8 @@ from torch import Tensor
 from octavo import ops
 from octavo.ops.fused import SKINNY_ROWS, SKINNY_SCRATCH
 
+TILED_ROWS = 32  # most rows that go to the tile operators, which take more: from there on cuBLAS is as fast or faster
+
 
 class Slot(NamedTuple):
     """A place that a checkpoint must fill: the shape it has there, and what takes the tensor."""
@@ -105,8 +107,9 @@ class PackedWeight:
 class DenseWeight:
     """A [rows, columns] matrix as it is in a checkpoint, on a GPU; rows are output features.
 
-    Up to SKINNY_ROWS tokens our own kernel streams the weight; more go to cuBLAS, whose order of summation depends on the
-    number of tokens. Activations are of the weight's type; the product may be stored in float32.
+    Up to SKINNY_ROWS tokens our own kernel streams the weight, and where there is one for more it takes up to TILED_ROWS;
+    the others go to cuBLAS, whose order of summation depends on the number of tokens. Activations are of the weight's type; the
+    product may be stored in float32.
     """
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: str) -> None:
@@ -114,6 +117,7 @@ class DenseWeight:
         self.value = torch.empty(rows, columns, dtype=dtype, device=device)
         self._turned = self.value.t()
         self._skinny = dtype != torch.float32 and columns % 8 == 0 and _has_tensor_cores(device)
+        self._tile_rows = TILED_ROWS if self._skinny and _has_tiles(device, dtype) else 0
         self._scratch = _scratch(device, torch.cuda.current_stream().cuda_stream if device.startswith("cuda") else 0)
 
     def take(self, start: int, part: Tensor) -> None:
@@ -126,6 +130,9 @@ class DenseWeight:
         if self._skinny and len(x) <= SKINNY_ROWS:
             ops.skinny_linear(out, x, self.value, bias, self._scratch)
             return
+        if len(x) <= self._tile_rows:
+            ops.tile_linear(out, x, self.value, bias)
+            return
         if out.dtype == x.dtype:
             torch.mm(x, self._turned, out=out)
         else:
@@ -137,6 +144,9 @@ class DenseWeight:
         """out [tokens, rows / 2] = act(gate) * up of the two halves of the product; ``both`` is room for it."""
         if self._skinny and len(x) <= SKINNY_ROWS:
             ops.skinny_gated(out, x, self.value, bias, kind, self._scratch)
+            return
+        if len(x) <= self._tile_rows and self.rows % 16 == 0:
+            ops.tile_gated(out, x, self.value, bias, kind)
             return
         self.apply(both, x, bias)
         ops.gated_activation(out, both, kind)
@@ -173,6 +183,19 @@ def _scratch(device: str, stream: int) -> Tensor:
 def _has_tensor_cores(device: str) -> bool:
     """Whether the device has the instructions of the skinny operators: from compute capability 8.0 on."""
     return not device.startswith("cuda") or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _has_tiles(device: str, dtype: torch.dtype) -> bool:
+    """Whether the device and the build have the tile operators: one is tried, without rows, because the toolkit decides too."""
+    if not device.startswith("cuda"):
+        return True
+    x, weight = (torch.empty(rows, 8, dtype=dtype, device=device) for rows in (0, 8))
+    try:
+        ops.tile_linear(x, x, weight, None)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _fill(destination: Tensor, tensor: Tensor) -> None:

@@ -24,6 +24,8 @@ from octavo.ops.fused import (
     rotate_and_cache,
     skinny_gated,
     skinny_linear,
+    tile_gated,
+    tile_linear,
 )
 from octavo.ops.gemm import embedding, linear, pack_linear
 from octavo.ops.kv import copy_blocks, gather_kv, swap_blocks, write_kv
@@ -71,6 +73,8 @@ __all__ = [
     "skinny_gated",
     "skinny_linear",
     "swap_blocks",
+    "tile_gated",
+    "tile_linear",
     "token_logprobs",
     "write_kv",
 ]

@@ -11,6 +11,7 @@ from octavo.ops.library import choose
 Operator = Callable[..., None]
 
 SKINNY_ROWS = 16  # most rows of activations that the skinny operators take
+TILE_ROWS = 128  # most rows that the tile operators take
 SKINNY_SCRATCH = 524_288  # float32 elements of `scratch`, enough for every shape: skinny_scratch_floats in csrc/cuda/ops.h
 
 rms_norm_fp8: Operator = choose("rms_norm_fp8")
@@ -25,6 +26,8 @@ skinny_linear: Operator = choose("skinny_linear")
 skinny_gated: Operator = choose("skinny_gated")
 norm_linear: Operator = choose("norm_linear")
 norm_gated: Operator = choose("norm_gated")
+tile_linear: Operator = choose("tile_linear")
+tile_gated: Operator = choose("tile_gated")
 count_tokens: Operator = choose("count_tokens")
 begin_step: Operator = choose("begin_step")
 end_step: Operator = choose("end_step")

@@ -98,6 +98,16 @@ def skinny_gated(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, ki
     out.copy_(product)
 
 
+def tile_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """out [rows, n] = x [rows, k] @ weight.T + bias, weight [n, k]: skinny_linear for more rows."""
+    skinny_linear(out, x, weight, bias, out)
+
+
+def tile_gated(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> None:
+    """out [rows, n] = act(gate) * up, with [gate | up] = x @ weight.T + bias, weight [2 n, k]: skinny_gated for more rows."""
+    skinny_gated(out, x, weight, bias, kind, out)
+
+
 def norm_linear(
     out: Tensor, total: Tensor, residual: Tensor, delta: Tensor, norm_weight: Tensor, eps: float, offset: float, weight: Tensor,
     bias: Tensor | None, scratch: Tensor,

@@ -31,8 +31,8 @@ IN_PLACE = (
 NAMES = (*IN_PLACE, "pack_linear")
 GPU_NAMES = (  # operators without a CPU kernel, all in place
     "rms_norm_fp8", "add_rms_norm_fp8", "layer_norm_fp8", "gated_activation_fp8", "activation_fp8", "lookup",
-    "rotate_and_cache", "attention_plan", "skinny_linear", "skinny_gated", "norm_linear", "norm_gated", "count_tokens",
-    "begin_step", "end_step",
+    "rotate_and_cache", "attention_plan", "skinny_linear", "skinny_gated", "norm_linear",
+    "norm_gated", "tile_linear", "tile_gated", "count_tokens", "begin_step", "end_step",
 )
 
 

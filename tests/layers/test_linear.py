@@ -60,7 +60,7 @@ def test_rows_of_a_wider_tensor_are_read_and_written() -> None:
     assert not out[:, 9:].any()
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 17])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 33])
 @pytest.mark.parametrize("norm_kind", [RMSNorm, LayerNorm])
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_norm_before_the_product_gives_the_same_in_one_launch_or_two(
@@ -68,7 +68,7 @@ def test_a_norm_before_the_product_gives_the_same_in_one_launch_or_two(
 ) -> None:
     """bfloat16 in the layout of a GPU: few tokens and an RMS norm go to the fused operator, the rest to two."""
     launched = []
-    for name in ("norm_linear", "norm_gated", "skinny_linear", "skinny_gated"):
+    for name in ("norm_linear", "norm_gated", "skinny_linear", "skinny_gated", "tile_linear", "tile_gated"):
         def run(*args: object, name: str = name) -> None:
             launched.append(name)
             getattr(fused_reference, name)(*args)

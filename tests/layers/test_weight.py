@@ -58,7 +58,7 @@ def test_prefixed_keeps_the_slots() -> None:
 
 
 def test_dense_weight_multiplies_as_packed_weight_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("skinny_linear", "skinny_gated", "lookup"):
+    for name in ("skinny_linear", "skinny_gated", "tile_linear", "tile_gated", "lookup"):
         monkeypatch.setattr(ops, name, getattr(fused_reference, name))
     monkeypatch.setattr(ops, "gated_activation", reference.gated_activation)
     weight, bias, ids = torch.randn(24, 16), torch.randn(24), torch.tensor([0, 23, 7])
@@ -79,3 +79,32 @@ def test_dense_weight_multiplies_as_packed_weight_does(monkeypatch: pytest.Monke
     rows = torch.empty(3, 16)
     dense.gather(rows, ids)
     assert torch.equal(rows, weight[ids])
+
+
+@pytest.mark.parametrize(("rows", "tokens", "product", "gated"), [
+    (32, 1, "skinny_linear", "skinny_gated"), (32, 16, "skinny_linear", "skinny_gated"), (32, 17, "tile_linear", "tile_gated"),
+    (32, 32, "tile_linear", "tile_gated"), (32, 33, None, None), (24, 17, "tile_linear", "tile_linear"),
+])
+def test_the_number_of_tokens_chooses_the_operator(
+    monkeypatch: pytest.MonkeyPatch, rows: int, tokens: int, product: str | None, gated: str | None
+) -> None:
+    """24 rows are halves of 12, which the gated operator does not take: the product and the activation are two steps."""
+    called: list[str] = []
+    for name in ("skinny_linear", "skinny_gated", "tile_linear", "tile_gated"):
+        def run(*args: object, name: str = name) -> None:
+            called.append(name)
+            getattr(fused_reference, name)(*args)
+        monkeypatch.setattr(ops, name, run)
+    monkeypatch.setattr(ops, "gated_activation", reference.gated_activation)
+    weight, x = DenseWeight(rows, 16, torch.bfloat16, "cpu:0"), torch.randn(tokens, 16).bfloat16()
+    weight.take(0, torch.randn(rows, 16))
+    out, half, both = (torch.full((tokens, n), torch.nan, dtype=torch.bfloat16) for n in (rows, rows // 2, rows))
+    weight.apply(out, x, None)
+    assert called == ([product] if product else [])
+    called.clear()
+    weight.apply_gated(half, x, None, "silu", both)
+    assert called[:1] == ([gated] if gated else [])
+    exact = x.float() @ weight.value.float().T
+    torch.testing.assert_close(out.float(), exact, rtol=0.02, atol=0.02)
+    gate, up = exact.chunk(2, 1)
+    torch.testing.assert_close(half.float(), torch.nn.functional.silu(gate) * up, rtol=0.05, atol=0.2)

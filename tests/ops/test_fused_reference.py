@@ -217,6 +217,19 @@ def test_skinny_products(biased, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+def test_tile_products_are_those_of_few_rows(dtype):
+    x, weight, bias = draw(50, 40, dtype=dtype), draw(32, 40, seed=1, scale=0.2, dtype=dtype), draw(32, seed=2)
+    skinny, tile = torch.empty(50, 32, dtype=dtype), torch.full((50, 32), math.nan, dtype=dtype)
+    fused.skinny_linear(skinny, x, weight, bias, SCRATCH)
+    fused.tile_linear(tile, x, weight, bias)
+    assert torch.equal(tile, skinny)
+    skinny, tile = torch.empty(50, 16, dtype=dtype), torch.full((50, 16), math.nan, dtype=dtype)
+    fused.skinny_gated(skinny, x, weight, bias, "gelu", SCRATCH)
+    fused.tile_gated(tile, x, weight, bias, "gelu")
+    assert torch.equal(tile, skinny)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 def test_norms_before_skinny_products(dtype):
     residual, delta = draw(3, 40), draw(3, 40, seed=1, dtype=dtype)
     norm, weight, bias = draw(40, seed=2), draw(24, 40, seed=3, scale=0.2, dtype=dtype), draw(24, seed=4)
