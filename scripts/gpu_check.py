@@ -1,15 +1,17 @@
 """Builds, tests, sanitises and measures the CUDA kernels on a GPU machine: `make gpu-check PYTHON=python3`, under nine minutes.
 
 Needs the CUDA toolkit, a C++ compiler, cmake, and a Python with torch 2.11, numpy and pytest; no network, nothing is
-installed. Owns the order of the parts and their time limits, and the results file benchmarks/results/<date>-<gpu>.json;
-it does not know what a test or a benchmark does. Invariant: a part that fails or runs out of time hides no other, is named
-at the end, and makes the exit code 1.
+installed. The part "server" is left out, with a note, where the server's packages are not there. Owns the order of the
+parts and their time limits, and the results file benchmarks/results/<date>-<gpu>.json; it does not know what a test or a
+benchmark does. Invariant: a part that fails or runs out of time hides no other, is named at the end, and makes the exit
+code 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -26,9 +28,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "gpu-check"
 EXTENSIONS = (ROOT / "octavo" / "ops" / "_C.so", ROOT / "octavo" / "ops" / "_cuda.so")
-PARTS = ("build", "tests", "kernels", "engine", "sanitizer")
+PARTS = ("build", "tests", "kernels", "engine", "server", "sanitizer")
+# What the server imports beside the engine: a bare GPU machine may lack it.
+SERVER_PACKAGES = ("starlette", "uvicorn", "uvloop", "httptools", "zmq", "msgspec", "prometheus_client", "llguidance", "psutil")
 LIMIT = 530  # seconds for everything
-QUICK = ("--quick",)  # of the engine's benchmark
+QUICK = ("--quick",)  # of the engine's benchmark, and of the server's
 FULL = ("--budget", "75", "--iterations", "2", "--startup")
 SHOWN = 40  # lines of a failed step's output
 REFERENCES = ("floor", "ceiling", "peer")
@@ -49,9 +53,10 @@ class Step:
 
 
 def steps(
-    parts: Sequence[str], engine_args: Sequence[str] = QUICK, root: Path = ROOT, python: str = sys.executable
+    parts: Sequence[str], engine_args: Sequence[str] = QUICK, root: Path = ROOT, python: str = sys.executable,
+    server_args: Sequence[str] = QUICK,
 ) -> list[Step]:
-    """The commands of these parts, in order. engine_args: what the engine's benchmark is called with."""
+    """The commands of these parts, in order. engine_args, server_args: what the benchmarks of these are called with."""
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     # Without torch's cache of memory every tensor is an allocation of its own, so that memcheck sees where it ends; a graph
     # cannot be captured then. Only our kernels are instrumented.
@@ -72,11 +77,21 @@ def steps(
     ]
     if (root / "benchmarks" / "engine_gpu.py").is_file():
         every.append(Step("engine", "engine_gpu", 300, (python, "benchmarks/engine_gpu.py", *engine_args), figures=True))
+    if (root / "benchmarks" / "server_gpu.py").is_file():
+        every.append(Step("server", "server_gpu", 160, (python, "benchmarks/server_gpu.py", *server_args), figures=True))
     every += [
         Step("sanitizer", f"{tool} {Path(file).stem}", 110, (*sanitizer, f"--tool={tool}", *few, file), plain, beside=True)
         for tool in ("memcheck", "racecheck") for file in kernels
     ]
     return [step for step in every if step.part in parts]
+
+
+def default_parts(packages: Sequence[str] = SERVER_PACKAGES) -> tuple[list[str], list[str]]:
+    """The parts that are run when none are named, and a note for one that this Python has not the packages for."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if not missing:
+        return list(PARTS), []
+    return [part for part in PARTS if part != "server"], [f"the part server was left out: there is no {', no '.join(missing)}"]
 
 
 def grouped(chosen: Sequence[Step]) -> list[list[Step]]:
@@ -207,21 +222,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts, write and print what they found."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS)}")
-    parser.add_argument("--full", action="store_true", help="all of the engine's benchmark: four minutes more")
+    parser.add_argument("--only", help=f"parts to run, of {','.join(PARTS)} (default: all; server only with its packages)")
+    parser.add_argument("--full", action="store_true", help="all of the benchmarks of engine and server: five minutes more")
     parser.add_argument("--engine-args", metavar="ARGS", help="arguments of benchmarks/engine_gpu.py instead of a choice of ours")
     parser.add_argument("--commit", help="the commit, where the tree has no .git (else the file COMMIT)")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for everything")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file")
     options = parser.parse_args(words)
-    only = options.only.split(",")
+    only, left_out = default_parts() if options.only is None else (options.only.split(","), [])
     unknown = sorted(set(only) - set(PARTS))
     if unknown:
         parser.error(f"unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     LOGS.mkdir(parents=True, exist_ok=True)
     check = Check(options.limit)
+    check.notes += left_out
     engine_args = shlex.split(options.engine_args) if options.engine_args else FULL if options.full else QUICK
-    for group in grouped(steps(only, engine_args)):
+    for group in grouped(steps(only, engine_args, server_args=() if options.full else QUICK)):
         check.run(group)
     missing = [path.name for path in EXTENSIONS if not path.is_file()]
     if missing:  # build_ext.py succeeds without a compiler, because the package runs without kernels

@@ -48,7 +48,7 @@ def test_no_step_outlives_the_whole() -> None:
 
 
 def test_parts_and_their_order(tmp_path: Path) -> None:
-    benchmarks = ("kernels_norm", "kernels_attention", "engine_gpu", "ceiling")
+    benchmarks = ("kernels_norm", "kernels_attention", "engine_gpu", "server_gpu", "ceiling")
     tests = ("test_norm", "test_gemm", "test_engine")
     for name in (*(f"benchmarks/{name}.py" for name in benchmarks), *(f"tests/gpu/{name}.py" for name in tests)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -56,12 +56,44 @@ def test_parts_and_their_order(tmp_path: Path) -> None:
     groups = gpu_check.grouped(gpu_check.steps(gpu_check.PARTS, root=tmp_path))
     assert [[step.name for step in group] for group in groups] == [
         ["C++ kernels"], ["CUDA kernels"], ["test_gemm", "test_norm"], ["engine"],
-        ["kernels_attention"], ["kernels_norm"], ["engine_gpu"],
+        ["kernels_attention"], ["kernels_norm"], ["engine_gpu"], ["server_gpu"],
         ["memcheck test_gemm", "memcheck test_norm", "racecheck test_gemm", "racecheck test_norm"],
     ]
     assert [step.name for step in gpu_check.steps(["engine"], root=tmp_path)] == ["engine_gpu"]
     assert "--quick" in gpu_check.steps(["engine"], root=tmp_path)[0].command
     assert "--quick" not in gpu_check.steps(["engine"], gpu_check.FULL, root=tmp_path)[0].command
+    assert "--quick" in gpu_check.steps(["server"], root=tmp_path)[0].command
+    assert "--quick" not in gpu_check.steps(["server"], root=tmp_path, server_args=())[0].command
+
+
+def test_the_server_is_left_out_where_its_packages_are_not() -> None:
+    assert gpu_check.default_parts() == (list(gpu_check.PARTS), [])
+    parts, notes = gpu_check.default_parts(("json", "no_such_package", "nor_this"))
+    assert parts == ["build", "tests", "kernels", "engine", "sanitizer"]
+    assert notes == ["the part server was left out: there is no no_such_package, no nor_this"]
+
+
+def test_what_is_left_out_is_noted_and_what_is_asked_for_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = list[list[str]]()
+
+    def steps(parts: list[str], *_: object, **__: object) -> list[Step]:
+        asked.append(parts)
+        return [step("good", GOOD)]
+
+    monkeypatch.setattr(gpu_check, "steps", steps)
+    monkeypatch.setattr(gpu_check, "EXTENSIONS", ())
+    find = gpu_check.importlib.util.find_spec
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    words = ["--results", str(tmp_path), "--limit", "60"]
+    assert gpu_check.main(words) == 0
+    assert "note: the part server was left out: there is no uvicorn" in capsys.readouterr().out
+    (kept,) = tmp_path.glob("*.json")
+    assert json.loads(kept.read_text())["notes"] == ["the part server was left out: there is no uvicorn"]
+    assert gpu_check.main([*words, "--only", "server"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert asked == [[part for part in gpu_check.PARTS if part != "server"], ["server"]]
 
 
 def test_the_results_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ class PrivateServer:
         try:
             self._process = subprocess.Popen(
                 [*command, *words, "--uds", path], stdin=subprocess.DEVNULL, stdout=STDERR, env=environment,
-                process_group=0, preexec_fn=partial(_end_with_parent, os.getpid()))
+                process_group=0, preexec_fn=partial(end_with_parent, os.getpid()))
         except BaseException:
             self._folder.close()
             raise
@@ -81,8 +81,11 @@ class PrivateServer:
             self._folder.close()
 
 
-def _end_with_parent(parent: int) -> None:
-    # In the child, before it becomes the server. Its own process group keeps Ctrl-C for the parent, which then stops it.
+def end_with_parent(parent: int) -> None:
+    """What a child runs before it becomes a server: it will be asked to end when the process ``parent`` has ended.
+
+    A process group of its own keeps Ctrl-C for the parent, which then stops it.
+    """
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:  # it died before that line, and nobody will tell
         os._exit(1)

@@ -19,10 +19,12 @@ from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.log import get_logger
 from octavo.models.hub import resolve
+from octavo.server import garbage
 from octavo.server.app import build_app
 from octavo.server.auth import read_keys
 from octavo.server.child import EXIT_CONFIG, EXIT_ENGINE_DEAD
 from octavo.server.config import ServerConfig
+from octavo.server.listen import doors
 from octavo.server.metrics import Metrics
 from octavo.server.observers import Observers
 from octavo.server.probes import Health
@@ -87,7 +89,7 @@ class ApiProcess:
         try:
             while when_ready and not (self.ready.is_set() or self.health.draining or self._stopping):
                 await asyncio.sleep(READY_SECONDS)
-            await self._http.serve(sockets=[self._sock])
+            await self._http.serve(sockets=doors(self._sock))
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -154,6 +156,7 @@ class ApiProcess:
             self._on_failed(f"the tokenizer could not be loaded ({type(error).__name__}); the log says more.", EXIT_ENGINE_DEAD)
             return
         self.service.equip(intake, template)
+        garbage.spare()
         self.health.has_text = True
         self._note_ready()
 

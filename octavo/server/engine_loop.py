@@ -8,7 +8,6 @@ Invariant: nothing that arrives on the socket raises here; what cannot be used i
 to the client that sent it and to no other.
 """
 
-import gc
 import os
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from octavo.log import get_logger
 from octavo.messages import EngineRequest, StepOutput
 from octavo.models.hub import resolve
 from octavo.plan import Int32
+from octavo.server import garbage
 from octavo.server.faults import FaultyGroup
 from octavo.server.heart import Vitals
 from octavo.server.ipc import (
@@ -78,10 +78,7 @@ def build(config: EngineConfig, vitals: Vitals, faults: str = "") -> Engine:
     engine = Engine(config, FaultyGroup(group, faults) if faults else group, seed=config.seed,
                     grammars=None if config.skip_tokenizer_init else Grammars(lambda: load_tokenizer(source, config)))
     vitals.info = group.info
-    # What is there now stays: the collector need not look at it again, and need not come as often as for small programs.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    garbage.spare()
     return engine
 
 

@@ -19,10 +19,19 @@ SEND_BUFFER = 256 << 10
 """Bytes that the kernel may keep for a client that does not read. Left to itself it would take several MiB for each, and none
 of the limits for slow readers would be about all that waits for one."""
 
+DOORS = 16
+"""How often one socket is listened on. An event loop takes one connection for each in a turn, and a turn under load takes
+milliseconds: of a thousand clients who come at once the last would wait for seconds."""
+
 
 def listen(config: ServerConfig) -> socket.socket:
     """A listening socket for the options host and port, or uds."""
     return _listen_unix(config.uds) if config.uds is not None else _listen_tcp(config.host, config.port)
+
+
+def doors(sock: socket.socket) -> list[socket.socket]:
+    """The listening socket, and copies of it, for an event loop to listen on all of them."""
+    return [sock, *(sock.dup() for _ in range(DOORS - 1))]
 
 
 def address(config: ServerConfig, sock: socket.socket) -> str:

@@ -202,3 +202,57 @@ def test_soak(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert script("soak_gpu").main(["--device", "cpu", "--minutes", "0.04", "--rounds", "3", "--blocks", "100"]) == 0
     figures = last(capsys)["figures"]
     assert figures["soak/requests"]["value"] > 20 and figures["soak/aborted"]["value"] > 0
+
+
+# The server
+
+
+def test_the_server_beside_the_engine(script: Any, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server_gpu = script("server_gpu")
+    words = ["--device", "cpu", "--model", str(tiny), "--requests", "2", "--rows", "24", "--engine", "--max-num-batched-tokens",
+             "2048"]
+    assert server_gpu.main(words) == 0
+    found = last(capsys)
+    assert found["command"].endswith(" ".join(words))
+    figures = {name.removeprefix("llama-3.2-1b/sharegpt_like/"): figure for name, figure in found["figures"].items()}
+    run = {"ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "api_us_per_token", "api_busiest_thread",
+           "engine_us_per_token", "engine_busiest_thread", "tokens_per_chunk", "client_busy", "output_tok_s"}
+    start = {"start_to_ready_s", "of_offline"}
+    assert set(figures) == {"offline/output_tok_s", *(f"server_poisson/{name}" for name in run), *(
+        f"{server}/{name}" for server in ("server", "server_24_rows", "server_2_processes") for name in run | start)}
+    values = {name: figure["value"] for name, figure in figures.items()}
+    assert values["server/of_offline"] == pytest.approx(values["server/output_tok_s"] / values["offline/output_tok_s"], rel=2e-3)
+    assert [name for name, figure in figures.items() if "target" in figure] == ["server/of_offline"]
+    assert values["server/itl_p99_ms"] >= values["server/itl_p50_ms"] > 0 and values["server/tokens_per_chunk"] >= 1
+    assert values["server/engine_us_per_token"] > 0 and values["server/start_to_ready_s"] > 0
+    assert len(found["notes"]) == 1 and "the API processes computed for" in found["notes"][0]
+
+
+def test_a_server_that_cannot_start_costs_its_own_figures(
+    script: Any, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--device", "cpu", "--model", str(tiny), "--requests", "1", "--parts", "rows", "--rows", "0"]
+    assert script("server_gpu").main(words) == 1
+    said = capsys.readouterr().out
+    found = json.loads(said.splitlines()[-1])
+    assert found["figures"] == {} and "max_num_seqs" in said
+    assert found["notes"] == ["llama-3.2-1b/rows: RuntimeError: the server ended with 1 before it was ready"]
+
+
+def test_a_part_without_time_is_named(script: Any, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("server_gpu").main(["--device", "cpu", "--model", str(tiny), "--budget", "1", "--quick"]) == 1
+    assert [note.split(" was left out")[0] for note in last(capsys)["notes"]] == ["llama-3.2-1b/offline", "llama-3.2-1b/defaults"]
+
+
+def test_a_made_up_vocabulary_is_whole(script: Any, tmp_path: Path) -> None:
+    from octavo.text.folder_vocab import vocabulary_from_folder
+    from octavo.text.tokenizer import Tokenizer
+
+    config = {"vocab_size": 5000, "bos_token_id": 3, "eos_token_id": 4999}
+    script("server_gpu").write_tokenizer(tmp_path, config)
+    tokenizer = Tokenizer(*vocabulary_from_folder(tmp_path))
+    texts = tokenizer.pieces()
+    assert tokenizer.vocab_size == 5000 == len(set(texts)) and tokenizer.special_ids == {3, 4999}
+    assert tokenizer.eos_token_ids == (4999,) and tokenizer.kind == "bytes"
+    assert tokenizer.decode(tokenizer.encode("a \u00e4\u732b")) == "a \u00e4\u732b"
+    assert 3.5 < sum(map(len, texts[300:4999])) / 4699 < 4.5

@@ -1,15 +1,17 @@
 """octavo.server.listen: sockets that take clients, and every mistake as a ConfigError that names its option."""
 
+import asyncio
 import os
 import socket
 import stat
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from octavo.errors import ConfigError
 from octavo.server.config import ServerConfig
-from octavo.server.listen import SEND_BUFFER, address, listen
+from octavo.server.listen import DOORS, SEND_BUFFER, address, doors, listen
 
 
 def reach(sock: socket.socket) -> None:
@@ -119,3 +121,28 @@ def test_a_path_that_cannot_be_is_named(path: str) -> None:
     with pytest.raises(ConfigError) as info:
         listen(ServerConfig(uds=path))
     assert info.value.param == "uds"
+
+
+def test_clients_who_come_at_once_are_let_in_together() -> None:
+    """The loop takes one connection in a turn for each socket that it listens on, however many wait."""
+    clients = 3 * DOORS
+
+    async def turns() -> int:
+        loop, arrived, count = asyncio.get_running_loop(), list[asyncio.BaseTransport](), 0
+
+        class Guest(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                arrived.append(transport)
+
+        sock = listen(ServerConfig(port=0))
+        waiting = [socket.create_connection(sock.getsockname(), timeout=5.0) for _ in range(clients)]
+        servers = [await loop.create_server(Guest, sock=door) for door in doors(sock)]
+        while len(arrived) < clients:
+            count += 1
+            await asyncio.sleep(0)
+        for open_ in (*arrived, *servers, *waiting):
+            open_.close()
+        await asyncio.sleep(0)
+        return count
+
+    assert uvloop.run(turns()) < clients // 2
