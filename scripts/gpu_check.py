@@ -61,7 +61,7 @@ def steps(
     # Without torch's cache of memory every tensor is an allocation of its own, so that memcheck sees where it ends; a graph
     # cannot be captured then. Only our kernels are instrumented.
     plain = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    few = (*pytest, "-p", "first_of_each", "-k", "not graph and not capture", "-o", "timeout=0")
+    few = (*pytest, "-p", "first_of_each", "-k", "not graph and not capture and not many and not long", "-o", "timeout=0")
     sanitizer = ("compute-sanitizer", "--error-exitcode=1", "--print-limit=5", "--kernel-name", "kns=octavo")
     paths = sorted((root / "tests" / "gpu").glob("test_*.py"))
     files = {f"tests/gpu/{path.name}": path.read_text(encoding="utf-8") for path in paths}

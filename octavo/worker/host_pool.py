@@ -20,9 +20,9 @@ from octavo.errors import ConfigError
 from octavo.log import get_logger
 
 PAGE = mmap.PAGESIZE
-PIECE = 2 * 2**20  # bytes pinned at once: the driver's lock is held for as long, and launches wait for it
-PAUSE = 0.005  # seconds between two pieces while nobody waits for them, at least, ...
-SHARE = 10  # ... and at least so many times what a piece took
+PIECE = 2**20  # bytes pinned at once: the driver's lock is held for as long, and launches wait for it
+PAUSE = 0.02  # seconds between two pieces while nobody waits for them, at least, ...
+SHARE = 60  # ... and at least so many times what a piece took
 logger = get_logger(__name__)
 
 

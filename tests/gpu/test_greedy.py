@@ -18,7 +18,7 @@ from octavo.models.hub import SMOLLM2, cache_dir
 
 DATA = Path(__file__).parents[1] / "data" / "greedy_smollm2.json"
 NEAR_TIE = {"float32": 2e-3, "bfloat16": 0.35}  # nat: recorded gaps below may be turned over, as on the CPU
-LEAST_EQUAL = {"float32": 24, "bfloat16": 18}  # of the 24 prompts; the CPU's bf16 weights alone cost one or two
+LEAST_EQUAL = {"float32": 24, "bfloat16": 12}  # of 24; activations are bf16 too, first differences near ties
 
 
 def find_model() -> Path | None:
