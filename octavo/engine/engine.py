@@ -66,6 +66,9 @@ class Group(Protocol):
     def host_ready(self) -> bool:
         """Whether blocks can move to host memory without waiting for it first."""
 
+    def expect_host(self) -> None:
+        """Blocks will move to host memory before long; may be said again."""
+
     def close(self) -> None:
         """End the workers."""
 
@@ -88,7 +91,7 @@ class Engine:
         patient: bool = False, grammars: Grammars | None = None) -> None:
         _check_info(group.info)
         self._config, self._group, self._clock = config, group, clock
-        self._state = EngineState(config, group.info, group.host_ready)
+        self._state = EngineState(config, group.info, group.host_ready, group.expect_host)
         mixed = group.info.max_num_batched_tokens if patient else MIXED_PROMPT_TOKENS
         self._scheduler = Scheduler(self._state, mixed_tokens=mixed)
         self._overlap = group.asynchronous if config.async_scheduling is None else config.async_scheduling

@@ -30,6 +30,10 @@ HEADROOM_ROWS = 4
 """Admission leaves a free block for every fourth running row: a row needs one every block_size steps, so a newcomer is
 not preempted at once for the growth of those that run already."""
 
+HOST_SOON = 2
+"""Host memory is asked for once fewer than one in so many blocks hold nothing: pinning it takes a while."""
+
+
 class Scheduler:
     """Makes plans.
 
@@ -40,6 +44,7 @@ class Scheduler:
     def __init__(self, state: EngineState, epoch: int = 0, *, mixed_tokens: int = MIXED_PROMPT_TOKENS) -> None:
         self.state, self._mixed_tokens = state, mixed_tokens
         self.preemption = Preemption(state)
+        self._few_free = state.pool.num_blocks // HOST_SOON
         self.record: StepRecord | None = None
         self._assembly = Assembly(state, epoch)
         self._decoding: Index = NO_ROWS
@@ -49,6 +54,8 @@ class Scheduler:
         """The next plan, and its ``record``; None when there is nothing to compute before the step under way ends."""
         state = self.state
         state.release_host()
+        if state.pool.num_free < self._few_free:
+            state.expect_host()
         preempted, rows, growing, starts = self._make_room()
         draft = Draft(state.info.max_num_batched_tokens - len(rows), len(rows) > 0)
         assert draft.budget >= 0, "more rows decode than max_num_batched_tokens"

@@ -71,7 +71,7 @@ class EngineState:
         config: options. info: what the group measured.
 
     Attributes:
-        host_ready: whether blocks can move to host memory without waiting for it first.
+        host_ready: whether blocks can move to host memory without waiting for it first. expect_host: asks to make it so.
         table, pool, host_pool, cache, tier, queue: see their files. requests: by id, unfinished ones.
         sequences: per row, its owner. free_rows: a stack. reserved_rows: of them, kept for the beams of running requests.
         prefilling: running sequences with prompt left to compute, in order of admission. forked: rows that may share the
@@ -81,8 +81,9 @@ class EngineState:
         host_release: host blocks that the next plan still reads. stream_names: who streamed last, with rows and generations.
     """
 
-    def __init__(self, config: EngineConfig, info: GroupInfo, host_ready: Callable[[], bool] = lambda: True) -> None:
-        self.config, self.info, self.host_ready = config, info, host_ready
+    def __init__(self, config: EngineConfig, info: GroupInfo, host_ready: Callable[[], bool] = lambda: True,
+                 expect_host: Callable[[], None] = lambda: None) -> None:
+        self.config, self.info, self.host_ready, self.expect_host = config, info, host_ready, expect_host
         self.block_size = info.block_size
         self.table = RowTable(info.max_num_seqs, info.max_model_len, info.block_size)
         self.pool = BlockPool(info.num_blocks)

@@ -103,6 +103,7 @@ class CudaRunner:
             }
             self._graphs = None if config.enforce_eager else gpu.graphs()
             self._warm_up()
+            self._host.start()
         self.info = GroupInfo(
             num_blocks=m.num_blocks, num_host_blocks=m.num_host_blocks, block_bytes=m.block_bytes, block_size=m.block_size,
             max_model_len=m.max_model_len, max_num_seqs=m.max_num_seqs, max_num_batched_tokens=m.max_num_batched_tokens,
@@ -137,6 +138,7 @@ class CudaRunner:
             if self._debug:
                 pending.checksum = self._checksum()
             self._events[pending.slot].record(self._stream)
+            self._host.stepped()
             self._last = self._slots[pending.slot] = pending
             return pending
 
@@ -160,6 +162,10 @@ class CudaRunner:
     def host_ready(self) -> bool:
         """Whether blocks can move to host memory without waiting for it first."""
         return self._host.ready
+
+    def expect_host(self) -> None:
+        """Blocks will move to host memory before long."""
+        self._host.expect()
 
     def wait(self, slot: int) -> None:
         """Wait for the end of the step that uses a slot.

@@ -86,6 +86,9 @@ class LocalGroup:
         """Host memory takes blocks from the start."""
         return True
 
+    def expect_host(self) -> None:
+        """Nothing has to be made ready."""
+
     def close(self) -> None:
         """Wait for what was submitted and refuse more. Closing twice is allowed."""
         self._closed = True
@@ -128,6 +131,10 @@ class GpuGroup:
     def host_ready(self) -> bool:
         """Whether blocks can move to host memory without waiting for its pinning."""
         return self.runner.host_ready()
+
+    def expect_host(self) -> None:
+        """Make host memory ready: blocks will move there before long."""
+        self.runner.expect_host()
 
     def close(self) -> None:
         """Wait for what was submitted and refuse more. Closing twice is allowed."""

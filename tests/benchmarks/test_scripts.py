@@ -256,3 +256,15 @@ def test_a_made_up_vocabulary_is_whole(script: Any, tmp_path: Path) -> None:
     assert tokenizer.eos_token_ids == (4999,) and tokenizer.kind == "bytes"
     assert tokenizer.decode(tokenizer.encode("a \u00e4\u732b")) == "a \u00e4\u732b"
     assert 3.5 < sum(map(len, texts[300:4999])) / 4699 < 4.5
+
+
+# The engine alone
+
+
+@pytest.mark.parametrize("flags", [[], ["--overlap", "--stream"], ["--host-blocks", "4"]])
+def test_the_overhead_of_an_engine_is_measured(script: Any, capsys: pytest.CaptureFixture[str], flags: list[str],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["engine_overhead.py", "--rows", "16", "--steps", "40", *flags])
+    script("engine_overhead").main()
+    (result,) = last(capsys)["results"]
+    assert result["rows"] == 16 and result["finished"] == 2 and result["running_at_end"] == 14 and result["mean_us"] > 0

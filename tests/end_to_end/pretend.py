@@ -63,6 +63,15 @@ class PretendHostPool:
     def __init__(self, shape, dtype):
         self.tensor = torch.empty(shape, dtype=dtype)
 
+    def start(self):
+        pass
+
+    def stepped(self):
+        pass
+
+    def expect(self):
+        pass
+
     def wait(self):
         return self.tensor
 

@@ -167,6 +167,9 @@ class FakeGroup:
     def host_ready(self):
         return True
 
+    def expect_host(self):
+        pass
+
     def set_processors(
         self, row: int, generation: int, processors: Sequence[Callable], constraint: Callable | None = None
     ) -> None:

@@ -55,6 +55,18 @@ def test_auto_follows_the_rates_once_host_memory_is_ready(rate, ready, swaps):
     assert (stats.preempted_swap > 0) == swaps and (stats.preempted_recompute > 0) != swaps
 
 
+def test_host_memory_is_expected_once_half_of_the_pool_holds_something():
+    bench = Bench(blocks=40, host_blocks=40, block_size=8, rows=4, max_model_len=320)
+    asked = []
+    bench.engine._state.expect_host = lambda: asked.append(bench.engine._state.pool.num_free)
+    bench.add("a", [6] * 8 * 19, max_tokens=6, eos=())  # 20 blocks
+    bench.run()
+    assert asked == [] and bench.engine._state.pool.num_free >= 20
+    bench.add("b", [7] * 8 * 3, max_tokens=6, eos=())  # what "a" left is a prefix that may be asked for again
+    bench.run()
+    assert asked and max(asked) < 20
+
+
 def test_a_failed_step_loses_the_copies_it_should_have_made():
     """What was swapped out in a step that failed is computed again, not read from host memory."""
     bench = Bench(blocks=10, host_blocks=40, rows=3, max_model_len=80, preemption_mode="swap")

@@ -5,6 +5,7 @@ The driver is a fake that knows what the real one demands: it pins whole pages, 
 
 import math
 import threading
+import time
 
 import pytest
 import torch
@@ -32,10 +33,12 @@ class Driver:
 
     def __init__(self):
         self.pieces, self.pages, self.seen, self.accepts = {}, set(), [], math.inf
+        self.asked = False
         self.gate, self.began = threading.Event(), threading.Event()
         self.gate.set()
 
     def cudaHostRegister(self, start, size, flags):
+        self.asked = True
         assert self.gate.wait(10)
         if len(self.seen) >= self.accepts:
             return Refusal(2)
@@ -58,7 +61,21 @@ def driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     monkeypatch.setattr(host_pool, "PIECE", 4 * PAGE)
     monkeypatch.setattr(host_pool, "PAUSE", 0.001)
+    monkeypatch.setattr(host_pool, "QUIET", 0.001)
     return driver
+
+
+def started(*shape, dtype=torch.uint8):
+    pool = HostPool(shape, dtype)
+    pool.start()
+    return pool
+
+
+def until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("size", [1, 100, PAGE, 4 * PAGE - 1, 4 * PAGE, 5 * PAGE + 1, 8 * PAGE, 40 * PAGE + 24, 10**6])
@@ -89,7 +106,7 @@ def test_nothing_is_pinned_for_nothing(driver):
 
 def test_nobody_gets_it_before_all_of_it_is_pinned(driver):
     driver.gate.clear()
-    pool = HostPool((20 * PAGE,), torch.uint8)
+    pool = started(20 * PAGE)
     got = []
     waiting = threading.Thread(target=lambda: got.append(len(driver.pieces) if pool.wait() is pool.tensor else None))
     waiting.start()
@@ -101,24 +118,75 @@ def test_nobody_gets_it_before_all_of_it_is_pinned(driver):
     pool.close()
 
 
-def test_there_are_no_pauses_for_somebody_who_waits(driver, monkeypatch):
-    monkeypatch.setattr(host_pool, "PAUSE", 60.0)
-    driver.gate.clear()
+def test_nothing_is_pinned_before_the_start_or_while_steps_are_launched(driver, monkeypatch):
+    monkeypatch.setattr(host_pool, "QUIET", 0.2)
     pool = HostPool((40 * PAGE,), torch.uint8)
-    pool._hurry.set()  # as wait does, before the first piece is done
-    driver.gate.set()
+    time.sleep(0.25)
+    assert driver.seen == [] and not pool.ready
+    pool.start()
+    for _ in range(25):
+        pool.stepped()
+        time.sleep(0.01)
+    assert driver.seen == [], "it was pinned between two steps though nobody needs it yet"
+    until(lambda: pool.ready)  # no step for a while: all of it, without pauses
+    assert len(driver.seen) >= 10
+    pool.close()
+
+
+def test_blocks_that_are_expected_are_pinned_between_steps_with_pauses(driver, monkeypatch):
+    monkeypatch.setattr(host_pool, "QUIET", 60.0)
+    monkeypatch.setattr(host_pool, "PAUSE", 0.05)
+    pool = started(40 * PAGE)
+    pool.expect()
+    begun = time.monotonic()
+    until(lambda: len(driver.seen) >= 4)
+    assert time.monotonic() - begun >= 0.2 and not pool.ready
+    pool.expect()
+    pool.wait()
+    assert pool.ready
+    pool.close()
+
+
+def test_a_piece_that_took_long_makes_a_longer_pause(driver, monkeypatch):
+    monkeypatch.setattr(host_pool, "QUIET", 60.0)
+    monkeypatch.setattr(host_pool, "SHARE", 10**6)
+    pool = started(40 * PAGE)
+    pool.expect()
+    assert driver.began.wait(10)
+    time.sleep(0.1)
+    assert len(driver.seen) == 1
+    pool.close()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_there_are_no_pauses_for_somebody_who_waits(driver, monkeypatch, begun):
+    monkeypatch.setattr(host_pool, "QUIET", 60.0)
+    monkeypatch.setattr(host_pool, "PAUSE", 60.0)
+    pool = started(40 * PAGE) if begun else HostPool((40 * PAGE,), torch.uint8)
+    if begun:
+        pool.expect()
     pool.wait()
     assert len(driver.seen) >= 10
     pool.close()
 
 
 def test_close_ends_the_pinning_and_gives_back_what_was_pinned(driver, monkeypatch):
-    monkeypatch.setattr(host_pool, "PAUSE", 60.0)
-    pool = HostPool((40 * PAGE,), torch.uint8)
+    driver.gate.clear()
+    pool = started(40 * PAGE)
+    until(lambda: driver.asked)
+    monkeypatch.setattr(host_pool, "QUIET", 60.0)
+    pool.stepped()
+    driver.gate.set()
     assert driver.began.wait(10)
     pool.close()
-    assert not driver.pieces and len(driver.seen) == 1
+    assert not driver.pieces and len(driver.seen) == 1 and not pool.ready
     pool.close()
+
+
+def test_a_pool_that_was_never_started_can_be_closed(driver):
+    pool = HostPool((40 * PAGE,), torch.uint8)
+    pool.close()
+    assert driver.seen == []
 
 
 @pytest.mark.parametrize("accepts", [0, 3])
