@@ -1,6 +1,8 @@
 """The offline API as vLLM's users write it: forms of prompts, parameters, order of results, refusals by name."""
 
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -387,3 +389,19 @@ def test_statistics_are_logged_when_asked_for(caplog: pytest.LogCaptureFixture, 
     llm.generate("Once", GREEDY, use_tqdm=False)
     llm.close()
     assert any("prefix" in r.getMessage().lower() and "running" in r.getMessage().lower() for r in caplog.records)
+
+
+FROZEN = """
+import gc, sys, weakref
+from octavo import LLM
+assert gc.get_freeze_count() > 50_000, gc.get_freeze_count()
+llm = LLM(sys.argv[1], load_format="dummy", skip_tokenizer_init=True, num_gpu_blocks_override=16, max_model_len=64)
+gone, llm.itself = weakref.ref(llm.llm_engine.group.runner), llm
+del llm
+gc.collect()
+assert gone() is None
+"""
+
+
+def test_full_garbage_collections_leave_out_the_imports_and_take_a_dropped_engine(tiny: Path) -> None:
+    subprocess.run([sys.executable, "-c", FROZEN, tiny], check=True, timeout=120)
