@@ -125,6 +125,9 @@ def _folder(path: Path, name: str, load_format: str) -> ModelSource:
         if files:
             listed = ", ".join(f.name for f in files)
             raise ModelError(f"{path} holds several GGUF files ({listed}): give the path of one of them.", "model")
+        if (path / "adapter_config.json").is_file():
+            text = "holds a LoRA adapter (adapter_config.json), which Octavo cannot apply yet: merge it into its base model."
+            raise ModelError(f"{path} {text}", "model")
         wanted = "no .gguf file" if load_format == "gguf" else "neither config.json nor a .gguf file"
         raise ModelError(f"{path} holds {wanted}.", "model")
     generation = path / "generation_config.json"

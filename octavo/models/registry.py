@@ -7,6 +7,7 @@ decoder can build; everything else was refused by a ModelError that names the en
 
 import importlib
 import math
+import re
 from typing import Any, Protocol, cast
 
 from octavo.errors import ModelError
@@ -27,6 +28,13 @@ FAMILIES: dict[str, str] = {
     "Qwen3ForCausalLM": "qwen",
     "SmolLM3ForCausalLM": "smollm3",
 }
+# Kinds of networks that do not exist here yet: what the name of an architecture says of them, and entries of a config that do.
+ABSENT = (
+    ("a mixture of experts", re.compile("moe|mixtral|experts", re.IGNORECASE),
+     ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")),
+    ("a draft for speculative decoding", re.compile("eagle|medusa|speculator|drafter|mtp", re.IGNORECASE),
+     ("speculators_config", "speculators_model_type")),
+)
 
 
 class Family(Protocol):
@@ -48,8 +56,12 @@ def architecture_of(config: dict[str, Any]) -> str:
     for name in named:
         if name in FAMILIES:
             return str(name)
+    words = ", ".join(named)
+    for kind, names, entries in ABSENT:
+        if any(names.search(name) for name in named) or any(config.get(entry) for entry in entries):
+            raise ModelError(f"architecture {words} is {kind}, which does not exist in Octavo yet.", "architectures")
     known = ", ".join(sorted(FAMILIES))
-    raise ModelError(f"architecture {', '.join(named)} is not known; known are {known}.", "architectures")
+    raise ModelError(f"architecture {words} is not known; known are {known}.", "architectures")
 
 
 def family_of(config: dict[str, Any]) -> Family:
@@ -60,11 +72,14 @@ def family_of(config: dict[str, Any]) -> Family:
 def spec(config: dict[str, Any]) -> DecoderSpec:
     """The network that a config describes; ModelError for what is unknown, missing, of a wrong type or impossible."""
     architecture = architecture_of(config)
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-        text = f"the checkpoint is quantised ({method}); only plain weights and GGUF are supported."
-        raise ModelError(text, "quantization_config")
+    for entry in ("quantization_config", "compression_config"):  # the second is an older name that compressed-tensors wrote
+        if quantised := config.get(entry):
+            method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+            text = f"the checkpoint is quantised ({method}); only plain weights and GGUF are supported."
+            raise ModelError(text, entry)
+    if "speculators_config" in config:
+        text = f"architecture {architecture} with speculators_config is {ABSENT[1][0]}, which does not exist in Octavo yet."
+        raise ModelError(text, "speculators_config")
     try:
         found = family_of(config).spec(config)
     except KeyError as error:

@@ -7,8 +7,10 @@ work is lost; a tensor is read when it is asked for, through a memory map, and n
 """
 
 import functools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,31 @@ from octavo.models.spec import DecoderSpec
 # A checkpoint: tensor name -> a function that reads it. The order is that of the files.
 Checkpoint = dict[str, Callable[[], torch.Tensor]]
 
+
+@dataclass(frozen=True)
+class Stored:
+    """A function of a checkpoint whose tensor lies in a file as it does in memory, so that parts of it can be read alone.
+
+    Attributes:
+        path: the file. offset: of the first byte in it. shape, dtype: of the tensor. open: maps it, which calling does too.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    open: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __call__(self) -> torch.Tensor:
+        return self.open()
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 # What training leaves beside the weights.
 NOT_WEIGHTS = {
     "training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt", "rng_state.pth",
@@ -133,7 +159,21 @@ def _safetensors(path: Path) -> Checkpoint:
         except (safetensors.SafetensorError, OSError) as error:
             raise ModelError(f"{path}: tensor {name!r} cannot be read: {error}.", "model") from error
 
-    return {name: functools.partial(read, name) for name in names}
+    header, start = _safetensors_header(path)
+    found: Checkpoint = {}
+    for name in names:
+        entry, opened = header[name], functools.partial(read, name)
+        dtype = SAFETENSORS.get(entry["dtype"])
+        found[name] = opened if dtype is None else Stored(
+            path, start + entry["data_offsets"][0], tuple(entry["shape"]), dtype, opened)
+    return found
+
+
+def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a file that the library has opened, and so checked, says of its tensors, and where the first of them begins."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size
 
 
 def _torch(path: Path) -> Checkpoint:

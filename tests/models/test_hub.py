@@ -57,6 +57,14 @@ def test_a_folder(tmp_path: Path) -> None:
     assert find(tmp_path).generation_config == {"eos_token_id": [3, 4], "temperature": 0.6}
 
 
+def test_an_adapter_without_its_model_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ModelError, match=r"holds a LoRA adapter .* merge it into its base model"):
+        find(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))  # merged weights may lie beside what they were made of
+    assert find(tmp_path).config == CONFIG
+
+
 def test_overrides_lie_over_the_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     found = find(tmp_path, hf_overrides={"hidden_size": 64, "rope_theta": 5.0})

@@ -41,6 +41,23 @@ def test_an_unknown_architecture_names_those_that_are_known() -> None:
     assert info.value.param == "architectures"
 
 
+@pytest.mark.parametrize(("config", "words"), [
+    ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is a mixture of experts"),
+    ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM is a mixture of experts"),
+    ({"architectures": ["PhiMoEForCausalLM"]}, "a mixture of experts"),
+    ({"architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 256}, "DeepseekV3ForCausalLM is a mixture of experts"),
+    ({"architectures": ["GptOssForCausalLM"], "num_local_experts": 32}, "a mixture of experts"),
+    ({"architectures": ["EagleLlamaForCausalLM"]}, "a draft for speculative decoding"),
+    ({"architectures": ["MedusaModel"]}, "a draft for speculative decoding"),
+    ({"architectures": ["LlamaForCausalLMEagle3"]}, "a draft for speculative decoding"),
+    ({"architectures": ["Other"], "speculators_model_type": "eagle3"}, "a draft for speculative decoding"),
+])
+def test_a_kind_of_network_that_does_not_exist_yet_is_called_by_its_name(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=f"{words}.*does not exist in Octavo yet") as info:
+        registry.spec(config)
+    assert info.value.param == "architectures"
+
+
 @pytest.mark.parametrize("named", [None, [], "LlamaForCausalLM", [3], {}])
 def test_a_config_must_name_its_architecture(named: Any) -> None:
     with pytest.raises(ModelError, match="architectures"):
@@ -80,6 +97,10 @@ def test_the_first_known_architecture_counts() -> None:
         ({"rope_parameters": {"rope_type": "linear", "factor": 4}, "rope_scaling": {"type": "linear", "factor": 2}},
          r"rope_scaling\.factor"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"is quantised \(gptq\)"),
+        ({"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}, r"is quantised \(fp8\)"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, r"is quantised \(compressed-tensors\)"),
+        ({"num_local_experts": 8}, "num_local_experts = 8"),
+        ({"speculators_config": {"algorithm": "eagle3"}}, "speculators_config is a draft for speculative decoding"),
         ({"vocab_size": -5}, "vocab_size"),
     ],
 )

@@ -3,20 +3,29 @@
 Streams and pinned memory are plain stand-ins: a copy is done when it is asked for, in the thread that asks.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from octavo.errors import ModelError
+from octavo.models import registry, weights
 from octavo.models import upload as module
+from octavo.models.source import ModelSource
 from octavo.models.upload import upload
 
 PIECE, SMALL = 1024, 64
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8,
+         "rms_norm_eps": 1e-5, "hidden_act": "silu"}
 
 
 class PlainStream:
@@ -158,6 +167,48 @@ def test_whoever_stops_listening_leaves_no_threads(plain: PlainTorch, monkeypatc
     next(found)
     found.close()  # type: ignore[attr-defined]
     assert len(opened) < len(checkpoint())
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("ahead", [1, 1 << 30])
+def test_safetensors_are_read_piece_by_piece_and_never_mapped(
+    plain: PlainTorch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ahead: int
+) -> None:
+    monkeypatch.setattr(module, "AHEAD", ahead)
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint().items()}
+    names = list(tensors)
+    for i in range(2):
+        save_file({name: tensors[name] for name in names[i::2]}, tmp_path / f"{i}.safetensors", metadata={"format": "pt"})
+    spec = registry.spec({"architectures": ["LlamaForCausalLM"], **SIZES})
+    opened = weights.open_checkpoint(ModelSource("folder", tmp_path, {}), spec, torch.bfloat16)
+    assert all(isinstance(one, weights.Stored) for one in opened.values()) and opened.keys() == tensors.keys()
+    mapped: list[str] = []
+    watched = {name: replace(one, open=lambda name=name, one=one: mapped.append(name) or one())  # type: ignore[misc]
+               for name, one in opened.items()}
+    before = descriptors()
+    found = dict(upload(watched.items(), "cpu"))
+    assert list(found) == list(opened) and descriptors() == before
+    for name, tensor in found.items():
+        assert tensor.dtype == tensors[name].dtype and tensor.shape == tensors[name].shape
+        assert torch.equal(tensor, tensors[name]), name
+    assert sorted(mapped) == sorted(name for name, tensor in tensors.items() if tensor.nbytes < SMALL)
+
+
+def test_a_file_that_becomes_shorter_or_goes_is_named(plain: PlainTorch, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(9000)}, path)
+    stored = weights.Stored(path, 8, (9000,), torch.float32, lambda: torch.ones(9000))
+    before = descriptors()
+    os.truncate(path, 20_000)
+    with pytest.raises(ModelError, match=rf"{path} has become shorter while it was read"):
+        list(upload([("a", stored)], "cpu"))
+    path.unlink()
+    with pytest.raises(ModelError, match=rf"{path} cannot be opened"):
+        list(upload([("a", stored)], "cpu"))
+    assert descriptors() == before
 
 
 def test_nothing_is_nothing(plain: PlainTorch) -> None:
