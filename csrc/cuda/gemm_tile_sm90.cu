@@ -14,6 +14,8 @@
 // Invariant: an output is the sum over 1, 2, 4 or 8 slices of K, in order, and each slice is summed in ascending order by one warpgroup.
 // The slices depend on the weight's shape alone, so a row's result depends on its inputs and the weight, not on the number of rows.
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "common/check.h"
@@ -21,11 +23,6 @@
 #include "hopper.cuh"
 #include "ops.h"
 #include "tensor_map.h"
-
-#ifdef OCTAVO_TILE_TUNE
-#include <cstdio>
-#include <cstdlib>
-#endif
 
 namespace octavo::cuda {
 namespace {
@@ -46,9 +43,8 @@ struct TileParams {
   int rows, n;           // M, N; n counts outputs, so it is half of the weight's rows in the gated form
   int tiles, chunks;     // of the weight's rows; of K
   int log_splits;        // of K
-  int log_share;         // tiles that get their activations together
-  int stages, x_stages;  // chunks of weights, and of activations, in shared memory; x_stages <= stages
   Activation kind;
+  int stages, x_stages;  // chunks of weights, and of activations, in shared memory; x_stages <= stages
   bool float_out;
 };
 
@@ -78,9 +74,8 @@ __global__ void __launch_bounds__(128 * groups + 32, tokens * groups > 128 ? 1 :
   const uint32_t weights = (shared_address(dynamic) + 1023) / 1024 * 1024;
   const uint32_t xs = weights + p.stages * weight_bytes, partials = xs + p.x_stages * x_bytes;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int splits = 1 << p.log_splits, share = 1 << p.log_share, cluster = splits * share;
-  const int place = blockIdx.x & (cluster - 1), rank = place & (splits - 1), member = place >> p.log_splits;
-  const int first_tile = (blockIdx.x / cluster << p.log_share) + member, tile_step = gridDim.x >> p.log_splits;
+  const int splits = 1 << p.log_splits, rank = blockIdx.x & (splits - 1);  // rank: in the cluster
+  const int first_tile = blockIdx.x >> p.log_splits, tile_step = gridDim.x >> p.log_splits;
   const int first_chunk = p.chunks * rank >> p.log_splits, chunks = (p.chunks * (rank + 1) >> p.log_splits) - first_chunk;
 
   if (threadIdx.x == producer * 32) {
@@ -88,14 +83,14 @@ __global__ void __launch_bounds__(128 * groups + 32, tokens * groups > 128 ? 1 :
     prefetch_map(&x_map);
     for (int i = 0; i < p.stages; ++i) {
       barrier_init(shared_address(&full[i]), 1);
-      barrier_init(shared_address(&free[i]), producer * share);
+      barrier_init(shared_address(&free[i]), producer);
     }
     barrier_init(shared_address(&summed), 1);
     barrier_init_done();
     if (splits > 1) barrier_expect(shared_address(&summed), tile_rows * tokens * 4);
   }
   __syncthreads();
-  if (cluster > 1) cluster_arrive();
+  if (splits > 1) cluster_arrive();
 
   if (warp == producer) {
     const int total = first_tile < p.tiles ? ((p.tiles - 1 - first_tile) / tile_step + 1) * chunks : 0;
@@ -109,16 +104,9 @@ __global__ void __launch_bounds__(128 * groups + 32, tokens * groups > 128 ? 1 :
       if (++chunk == chunks) chunk = 0, tile += tile_step;
     };
     int x_chunk = 0, x_stage = 0, x_at = 0;
-    const int x_rows = tokens >> p.log_share;
-    uint32_t mask = 0;  // of those in the cluster that have the same slice
-    for (int i = 0; i < share; ++i) mask |= 1u << (i * splits + rank);
     const auto copy_x = [&] {
-      const uint32_t target = xs + x_at * x_bytes + member * x_rows * panel_row, ready = shared_address(&full[x_stage]);
-      const int column = (first_chunk + x_chunk) * columns;
-      if (share == 1)
-        copy_box(target, &x_map, column, 0, 0, 0, ready);
-      else
-        copy_box_to(static_cast<uint16_t>(mask), target, &x_map, column, member * x_rows, 0, 0, ready);
+      const uint32_t target = xs + x_at * x_bytes, ready = shared_address(&full[x_stage]);
+      copy_box(target, &x_map, (first_chunk + x_chunk) * columns, 0, 0, 0, ready);
       if (++x_chunk == chunks) x_chunk = 0;
       if (++x_stage == p.stages) x_stage = 0;
       if (++x_at == p.x_stages) x_at = 0;
@@ -128,7 +116,7 @@ __global__ void __launch_bounds__(128 * groups + 32, tokens * groups > 128 ? 1 :
       dependents_start();
     }
     __syncwarp();
-    if (cluster > 1) cluster_wait();  // the others are there, and their barriers are
+    if (splits > 1) cluster_wait();  // the others are there, and their barriers are
     if (lane == 0) {
       dependency_wait();
       for (int i = 0; i < min(p.x_stages, total); ++i) copy_x();
@@ -140,22 +128,17 @@ __global__ void __launch_bounds__(128 * groups + 32, tokens * groups > 128 ? 1 :
         if (++stage == p.stages) stage = 0, parity ^= 1;
       }
     }
-    __syncwarp();
-    if (share > 1) cluster_arrive(), cluster_wait();
+    __syncwarp();  // the warp leaves together
     return;
   }
 
   const int group = warp / 4, thread = threadIdx.x % 128;
   const int upper_row = group * group_rows + warp % 4 * 16 + lane / 4;  // of the tile; the lower row is 8 rows below
   const auto release = [&](int stage) {
-    if (share == 1) {
-      if (lane == 0) barrier_arrive(shared_address(&free[stage]));
-    } else if (lane < share) {
-      barrier_arrive_there(at_rank(shared_address(&free[stage]), rank + lane * splits));
-    }
+    if (lane == 0) barrier_arrive(shared_address(&free[stage]));
   };
   dependency_wait();
-  if (cluster > 1) cluster_wait();
+  if (splits > 1) cluster_wait();
 
   int stage = 0, parity = 0, x_at = 0;
   for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
@@ -224,15 +207,13 @@ __global__ void __launch_bounds__(128 * groups + 32, tokens * groups > 128 ? 1 :
 #pragma unroll
     for (int j = 0; j < tokens / 8; ++j) {
       if (pairs) {
-        const int owner = 2 * j >> log_each, there = member * splits + owner;
+        const int owner = 2 * j >> log_each;
         const uint32_t target = own + (rank * groups + group) * slice + (j - owner * pairs) * part;
-        send(at_rank(target, there), d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3], at_rank(barrier, there));
+        send(at_rank(target, owner), d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3], at_rank(barrier, owner));
       } else {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int there = member * splits + 2 * j + e;
-          send(at_rank(own + (rank * groups + group) * slice, there), d[4 * j + e], d[4 * j + 2 + e], at_rank(barrier, there));
-        }
+        for (int e = 0; e < 2; ++e)
+          send(at_rank(own + (rank * groups + group) * slice, 2 * j + e), d[4 * j + e], d[4 * j + 2 + e], at_rank(barrier, 2 * j + e));
       }
     }
     barrier_wait_cluster(barrier, 0);
@@ -256,7 +237,6 @@ __global__ void __launch_bounds__(128 * groups + 32, tokens * groups > 128 ? 1 :
       finish(rank / 2 * 8 + first_token + rank % 2, sum.x, sum.y);
     }
   }
-  if (share > 1) cluster_arrive(), cluster_wait();  // nobody leaves while others copy to its memory or arrive at its barriers
 #endif
 }
 
@@ -283,7 +263,6 @@ struct Call {
 
 struct Plan {
   int groups, stages, x_stages;
-  int log_share;
   int blocks;  // for each multiprocessor, where K is not split
 };
 
@@ -298,13 +277,15 @@ constexpr int log_splits_of(int64_t weight_rows, int chunks) {
 template <class T, int tokens, int groups, bool gated>
 void launch_plan(const char* op, const Call& call, Plan plan) {
   constexpr int tile_rows = groups * group_rows;
+  // A chunk is given back only when the next one is there: with room for one the kernel would wait for ever.
+  if (std::min(plan.stages, plan.x_stages) < 2)
+    throw std::runtime_error(std::string(op) + ": shared memory must have room for 2 chunks of the weight and of the activations, found " +
+                             std::to_string(plan.stages) + " and " + std::to_string(plan.x_stages));
   TileParams p = call.p;
   const int splits = 1 << p.log_splits;
   const int64_t weight_rows = gated ? int64_t{2} * p.n : p.n;
-  p.log_share = plan.log_share;
-  const int splits_and_share = splits << p.log_share, share = 1 << p.log_share;
-  p.tiles = static_cast<int>((weight_rows + share * tile_rows - 1) / (share * tile_rows)) * share;
-  const int blocks = p.log_splits ? p.tiles << p.log_splits : std::min(p.tiles, plan.blocks * device().num_sms / share * share);
+  p.tiles = static_cast<int>((weight_rows + tile_rows - 1) / tile_rows);
+  const int blocks = p.log_splits ? p.tiles << p.log_splits : std::min(p.tiles, plan.blocks * device().num_sms);
   const int most_chunks = (p.chunks + splits - 1) / splits * ((p.tiles * splits + blocks - 1) / blocks);
   p.stages = std::min(plan.stages, most_chunks);
   p.x_stages = std::min(plan.x_stages, p.stages);
@@ -312,7 +293,7 @@ void launch_plan(const char* op, const Call& call, Plan plan) {
                         (splits > 1 ? tile_rows * tokens * 4 : 0);
   const cuuint64_t k = static_cast<cuuint64_t>(call.k), row = k * 2, x_row = p.rows > 1 ? static_cast<cuuint64_t>(call.x_stride) * 2 : row;
   const cuuint64_t x_size[] = {k, static_cast<cuuint64_t>(p.rows), 1, 1}, x_stride[] = {x_row, x_row, x_row};
-  const cuuint32_t x_box[] = {columns, static_cast<cuuint32_t>(tokens >> p.log_share), 1, 1};
+  const cuuint32_t x_box[] = {columns, tokens, 1, 1};
   const cuuint64_t outputs = static_cast<cuuint64_t>(p.n);
   const cuuint64_t plain_size[] = {k, outputs, 1, 1}, plain_stride[] = {row, row, row};
   const cuuint32_t plain_box[] = {columns, tile_rows, 1, 1};
@@ -325,8 +306,8 @@ void launch_plan(const char* op, const Call& call, Plan plan) {
   const auto kernel = tile_kernel<T, tokens, groups, gated>;
   // As in gemm_skinny.cu: kernels share a multiprocessor only if they agree on the division of its L1 cache.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), op);
-  launch_clusters(op, kernel, static_cast<unsigned>(splits_and_share), dim3(static_cast<unsigned>(blocks)), dim3(128 * groups + 32), shared, current_stream(), p,
-                  weight_map, tensor_map(op, is_bf16, call.x, x_size, x_stride, x_box));
+  launch_clusters(op, kernel, static_cast<unsigned>(splits), dim3(static_cast<unsigned>(blocks)), dim3(128 * groups + 32), shared, current_stream(),
+                  p, weight_map, tensor_map(op, is_bf16, call.x, x_size, x_stride, x_box));
 }
 
 Plan plan_for(Call& call, int tokens, bool gated) {
@@ -336,22 +317,10 @@ Plan plan_for(Call& call, int tokens, bool gated) {
   plan.groups = call.p.log_splits == 0 && (tokens > 32 || weight_rows >= 192 * group_rows) ? 2 : 1;
   plan.blocks = 1;
   plan.x_stages = tokens == 32 ? 6 : tokens == 64 ? 4 : 3;
-#ifdef OCTAVO_TILE_TUNE
-  int v[6] = {};
-  if (const char* e = std::getenv("OCTAVO_TILE")) std::sscanf(e, "%d,%d,%d,%d,%d,%d", &v[0], &v[1], &v[2], &v[3], &v[4], &v[5]);
-  if (v[0]) plan.groups = v[0];
-  if (v[1]) call.p.log_splits = v[1] - 1;
-  plan.log_share = std::min(v[5], std::min(3 - call.p.log_splits, tokens == 32 ? 2 : 3));
-  if (v[3]) plan.x_stages = v[3];
-  if (v[4]) plan.blocks = v[4];
-#endif
   const int tile_rows = plan.groups * group_rows;
   int room = device().shared_per_sm / 2 - 1024 - 1024 - 512;  // two thread blocks a multiprocessor: this kernel's and the next one's
   if (call.p.log_splits) room -= tile_rows * tokens * 4;
   plan.stages = std::min<int>(most_stages, (room - plan.x_stages * tokens * static_cast<int>(panel_row)) / (tile_rows * static_cast<int>(panel_row)));
-#ifdef OCTAVO_TILE_TUNE
-  if (v[2]) plan.stages = v[2];
-#endif
   return plan;
 }
 
@@ -388,7 +357,8 @@ bool available() { return false; }
 
 bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 == 0; }
 
-void multiply_tiles(const Contract& c, const char* op, const Tensor& out, const Tensor& x, const Tensor& weight, const Tensor* bias, Activation kind) {
+void multiply_tiles(const Contract& c, const char* op, const Tensor& out, const Tensor& x, const Tensor& weight, const Tensor* bias,
+                    Activation kind) {
   c.require(available(), "needs a device of compute capability 9.0, and a build with CUDA 12 or newer for 9.0a");
   c.require(weight.dtype == x.dtype && (out.dtype == x.dtype || out.dtype == f32),
             "activations and weight have one type, and out has it too or is float32");
@@ -398,6 +368,8 @@ void multiply_tiles(const Contract& c, const char* op, const Tensor& out, const 
             static_cast<long long>(c['K']));
   c.require(aligned(x) && aligned(weight) && (c['M'] <= 1 || x.stride[0] % 8 == 0),
             "the rows of activations and weight must start at multiples of 16 bytes");
+  c.require(c['M'] <= 1 || x.stride[0] >= c['K'], "the rows of activations must not overlap, they have %lld elements and start %lld apart",
+            static_cast<long long>(c['K']), static_cast<long long>(x.stride[0]));
 #ifdef OCTAVO_TENSOR_MAPS
   Call call = {};
   call.p.out = out.data;

@@ -1,6 +1,7 @@
 // Instructions that only Hopper (sm_90a) has, one function each: mbarriers, bulk tensor copies, wgmma, named barriers, register
-// budgets, clusters of thread blocks. It knows no algorithm and no kernel. Everything here is PTX of the "sm_90a" target, so it is only called from code between
-// `#ifdef OCTAVO_HOPPER`. Sources: PTX ISA, chapters "mbarrier", "cp.async.bulk.tensor" and "Asynchronous warpgroup level matrix".
+// budgets, clusters of thread blocks. It knows no algorithm and no kernel. Everything here is PTX of the "sm_90a" target, so it is only
+// called from code between `#ifdef OCTAVO_HOPPER`. Sources: PTX ISA, chapters "mbarrier", "cp.async.bulk.tensor" and "Asynchronous
+// warpgroup level matrix".
 //
 // Layout of an operand in shared memory, everywhere in this engine: rows of 64 elements of 16 bits (128 bytes), 16-byte chunk c of row r
 // at chunk c ^ (r % 8) (the 128-byte swizzle), the first row at a multiple of 1024 bytes. A wider matrix is several such panels.
@@ -32,19 +33,20 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred over;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
-      "@over bra done;\n"
-      "bra again;\n"
-      "done:\n"
-      "}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
+// Waits until the phase of this parity is over. order: "" for what the thread block itself and its bulk copies wrote.
+#define OCTAVO_WAIT(order)                                                   \
+  asm volatile(                                                              \
+      "{\n"                                                                  \
+      ".reg .pred over;\n"                                                   \
+      "again:\n"                                                             \
+      "mbarrier.try_wait.parity" order ".shared::cta.b64 over, [%0], %1;\n"  \
+      "@over bra done;\n"                                                    \
+      "bra again;\n"                                                         \
+      "done:\n"                                                              \
+      "}\n" ::"r"(barrier),                                                  \
+      "r"(parity)                                                            \
+      : "memory")
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) { OCTAVO_WAIT(""); }
 
 // --- clusters: thread blocks that run side by side and can write each other's shared memory -------------------------------------------
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
@@ -54,10 +56,6 @@ __device__ __forceinline__ uint32_t at_rank(uint32_t address, int rank) {
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
   return there;
-}
-// barrier_arrive() at a barrier of any thread block of the cluster; what this thread read and wrote before happens before.
-__device__ __forceinline__ void barrier_arrive_there(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // Stores that do not wait: they count as bytes at the barrier, which lies in the same thread block's memory as the target.
 __device__ __forceinline__ void send(uint32_t target, float a, float b, uint32_t barrier) {
@@ -70,19 +68,8 @@ __device__ __forceinline__ void send(uint32_t target, float a, float b, float c,
                : "memory");
 }
 // barrier_wait() for what other thread blocks of the cluster have sent.
-__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred over;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], %1;\n"
-      "@over bra done;\n"
-      "bra again;\n"
-      "done:\n"
-      "}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
+__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) { OCTAVO_WAIT(".acquire.cluster"); }
+#undef OCTAVO_WAIT
 
 // --- copies ----------------------------------------------------------------------------------------------------------------------
 // One box of a tensor map to shared memory; what lies outside of the tensor arrives as zeros and counts as bytes.
@@ -98,14 +85,6 @@ __device__ __forceinline__ void copy_box(uint32_t target, const void* map, int x
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(
           target),
       "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier), "l"(policy)
-      : "memory");
-}
-// The same into the memory of several thread blocks of the cluster, those in `mask`, each with the target and the barrier at its own place.
-__device__ __forceinline__ void copy_box_to(uint16_t mask, uint32_t target, const void* map, int x0, int x1, int x2, int x3, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], "
-      "%7;" ::"r"(target),
-      "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier), "h"(mask)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }

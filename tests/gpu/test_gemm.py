@@ -5,7 +5,19 @@ from functools import partial
 
 import pytest
 import torch
-from products import DTYPES, KINDS, gate, normal, poisoned, problems, product, rounding
+from products import (
+    DTYPES,
+    KINDS,
+    chain_weights,
+    gate,
+    normal,
+    poisoned,
+    problems,
+    product,
+    rounding,
+    same_bits_in_a_graph,
+    wrong_beyond_31_bits,
+)
 
 import octavo.ops as ops
 from octavo.errors import ConfigError
@@ -153,48 +165,37 @@ def test_strided_rows(dtype, scratch):
 
 @pytest.mark.parametrize("rows", [1, 4, 12, 40])
 def test_chain_in_a_graph(rows, scratch):
-    """Kernels that start before their predecessor ends read what it wrote: a graph gives the bits of one call at a time."""
-    hidden, inner, layers, dtype = 1024, 3072, 12, torch.bfloat16
-    qkv = [normal(i, 2 * hidden, hidden, dtype=dtype, scale=1 / 32) for i in range(layers)]
-    o = [normal(50 + i, hidden, hidden, dtype=dtype, scale=1 / 32) for i in range(layers)]
-    up = [normal(100 + i, 2 * inner, hidden, dtype=dtype, scale=1 / 32) for i in range(layers)]
-    down = [normal(150 + i, hidden, inner, dtype=dtype, scale=1 / 55) for i in range(layers)]
+    hidden, inner, dtype = 1024, 3072, torch.bfloat16
+    weights = chain_weights(hidden, inner, 12)
     nw = torch.ones(hidden, device="cuda")
     totals = [torch.zeros(rows, hidden, device="cuda") for _ in range(2)]
     a, b = torch.zeros(rows, 2 * hidden, dtype=dtype, device="cuda"), torch.zeros(rows, inner, dtype=dtype, device="cuda")
     delta = torch.zeros(rows, hidden, dtype=dtype, device="cuda")
 
     def chain(pause):
-        for i in range(layers):
-            ops.norm_linear(a, totals[1], totals[0], delta, nw, 1e-6, 0.0, qkv[i], None, scratch)
+        for qkv, o, up, down in weights:
+            ops.norm_linear(a, totals[1], totals[0], delta, nw, 1e-6, 0.0, qkv, None, scratch)
             pause()
-            ops.skinny_linear(delta, a[:, hidden:], o[i], None, scratch)
+            ops.skinny_linear(delta, a[:, hidden:], o, None, scratch)
             pause()
-            ops.norm_gated(b, totals[0], totals[1], delta, nw, 1e-6, 0.0, up[i], None, "silu", scratch)
+            ops.norm_gated(b, totals[0], totals[1], delta, nw, 1e-6, 0.0, up, None, "silu", scratch)
             pause()
-            ops.skinny_linear(delta, b, down[i], None, scratch)
+            ops.skinny_linear(delta, b, down, None, scratch)
             pause()
 
     def start(seed):
         totals[0].copy_(normal(seed, rows, hidden, scale=3))
         delta.copy_(normal(seed + 1, rows, hidden, dtype=dtype))
 
-    start(0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        chain(lambda: None)
-    for seed in range(0, 40, 4):
-        start(seed)
-        chain(torch.cuda.synchronize)
-        expected = delta.clone(), totals[0].clone()
-        start(seed)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(delta, expected[0]) and torch.equal(totals[0], expected[1]), seed
-        start(seed)
-        chain(lambda: None)
-        assert torch.equal(delta, expected[0]) and torch.equal(totals[0], expected[1]), seed
+    same_bits_in_a_graph(chain, start, (delta, totals[0]))
     assert delta.isfinite().all() and delta.abs().max() > 0.1
+
+
+@pytest.mark.skipif(torch.cuda.mem_get_info()[0] < 16 << 30, reason="needs 13 GB of the GPU's memory")
+@pytest.mark.parametrize("rows", [2, 64])
+def test_more_than_31_bits_of_elements(rows, scratch):
+    found = wrong_beyond_31_bits(lambda out, x, w: ops.skinny_linear(out, x, w, None, scratch), rows)
+    assert not found, found
 
 
 def test_empty(scratch):

@@ -4,7 +4,18 @@ import math
 
 import pytest
 import torch
-from products import DTYPES, KINDS, gate, normal, poisoned, problems, product
+from products import (
+    DTYPES,
+    KINDS,
+    chain_weights,
+    gate,
+    normal,
+    poisoned,
+    problems,
+    product,
+    same_bits_in_a_graph,
+    wrong_beyond_31_bits,
+)
 
 import octavo.ops as ops
 from octavo.errors import ConfigError
@@ -119,46 +130,36 @@ def test_strided_rows(dtype):
 @hopper
 @pytest.mark.parametrize("rows", [17, 32, 50, 128])
 def test_chain_in_a_graph(rows):
-    """Kernels that start before their predecessor ends read what it wrote: a graph gives the bits of one call at a time."""
-    hidden, inner, layers, dtype = 1024, 3072, 12, torch.bfloat16
-    qkv = [normal(i, 2 * hidden, hidden, dtype=dtype, scale=1 / 32) for i in range(layers)]
-    o = [normal(50 + i, hidden, hidden, dtype=dtype, scale=1 / 32) for i in range(layers)]
-    up = [normal(100 + i, 2 * inner, hidden, dtype=dtype, scale=2 / 32) for i in range(layers)]
-    down = [normal(150 + i, hidden, inner, dtype=dtype, scale=2 / 55) for i in range(layers)]
+    hidden, inner, dtype = 1024, 3072, torch.bfloat16
+    weights = chain_weights(hidden, inner, 12, gain=2.0)
     a, b = torch.zeros(rows, 2 * hidden, dtype=dtype, device="cuda"), torch.zeros(rows, inner, dtype=dtype, device="cuda")
     delta = torch.zeros(rows, hidden, dtype=dtype, device="cuda")
 
     def chain(pause):
-        for i in range(layers):
-            ops.tile_linear(a, delta, qkv[i], None)
+        for qkv, o, up, down in weights:
+            ops.tile_linear(a, delta, qkv, None)
             pause()
-            ops.tile_linear(delta, a[:, hidden:], o[i], None)
+            ops.tile_linear(delta, a[:, hidden:], o, None)
             pause()
-            ops.tile_gated(b, delta, up[i], None, "silu")
+            ops.tile_gated(b, delta, up, None, "silu")
             pause()
-            ops.tile_linear(delta, b, down[i], None)
+            ops.tile_linear(delta, b, down, None)
             pause()
             delta.clamp_(-4, 4)
 
     def start(seed):
         delta.copy_(normal(seed + 1, rows, hidden, dtype=dtype, scale=3))
 
-    start(0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        chain(lambda: None)
-    for seed in range(0, 40, 4):
-        start(seed)
-        chain(torch.cuda.synchronize)
-        expected = delta.clone()
-        start(seed)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(delta, expected), seed
-        start(seed)
-        chain(lambda: None)
-        assert torch.equal(delta, expected), seed
+    same_bits_in_a_graph(chain, start, (delta,))
     assert delta.isfinite().all() and delta.abs().max() > 0
+
+
+@hopper
+@pytest.mark.skipif(torch.cuda.mem_get_info()[0] < 16 << 30, reason="needs 13 GB of the GPU's memory")
+@pytest.mark.parametrize("rows", [17, 128])
+def test_more_than_31_bits_of_elements(rows):
+    found = wrong_beyond_31_bits(lambda out, x, w: ops.tile_linear(out, x, w, None), rows)
+    assert not found, found
 
 
 @hopper
@@ -187,6 +188,8 @@ def test_contract():
         linear(w=normal(1, 48, 64, dtype=torch.float16))
     with pytest.raises(RuntimeError, match="multiples of 16 bytes"):
         linear(x=normal(0, 4, 68, dtype=torch.bfloat16)[:, 4:])
+    with pytest.raises(RuntimeError, match="must not overlap"):
+        linear(x=normal(0, 1, 64, dtype=torch.bfloat16).expand(4, 64))
     with pytest.raises(RuntimeError, match="bias"):
         linear(bias=normal(0, 47))
     with pytest.raises(RuntimeError, match="weight"):
