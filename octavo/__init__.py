@@ -1,4 +1,4 @@
-"""Octavo: LLM inference with paged attention and continuous batching, on a CPU today.
+"""Octavo: LLM inference with paged attention and continuous batching, on a CPU or one NVIDIA GPU.
 
 Owns the public names and nothing else; each is imported on first use, so that ``import octavo`` is quick and loads no
 torch. Invariant: ``__all__`` is the whole public surface of the package root.

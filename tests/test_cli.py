@@ -1,16 +1,21 @@
 """The octavo command: parsing habits, exit codes, and endings without a traceback."""
 
+import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import octavo
-from octavo.cli import build_parser, dashed, main
+from octavo import ops
+from octavo.cli import FlagParser, build_parser, dashed, main
 from octavo.commands import info
 from octavo.errors import CapacityError, ConfigError, EngineDead, ModelError, OctavoError, RequestError
 
@@ -46,6 +51,13 @@ def test_a_flag_is_never_abbreviated(capsys: pytest.CaptureFixture[str]) -> None
     (("bench", "latency", "--modle", "m"), "unknown flag --modle (did you mean --model?)"),
     (("bench", "latency"), "required: --model"),
     (("generate",), "required: model"),
+    (("generate", "m", "--enable-lora"), "--enable-lora is a flag of vLLM that Octavo does not have: LoRA"),
+    (("chat", "m", "--lora-modules", "a=b"), "--lora-modules is a flag of vLLM that Octavo does not have: LoRA"),
+    (("plan", "m", "--speculative-config", "{}"), "that Octavo does not have: speculative decoding"),
+    (("bench", "latency", "--model", "m", "--num-speculative-tokens", "3"), "--num-speculative-tokens is a flag of vLLM"),
+    (("bench", "throughput", "--model", "m", "-ep"), "-ep is a flag of vLLM that Octavo does not have: mixtures of experts"),
+    (("run-batch", "-i", "a", "-o", "b", "--model", "m", "--enable_lora"), "--enable-lora is a flag of vLLM"),
+    (("serve", "m", "--speculative_model=n"), "--speculative-model is a flag of vLLM"),
     (("generate", "m", "extra"), "unexpected argument 'extra'"),
     (("generate", "m", "-x"), "unexpected argument '-x'"),
     (("generat", "m"), "generat"),
@@ -59,6 +71,18 @@ def test_wrong_usage_is_two_lines_and_exit_code_2(
     error = usage(capsys, *words)
     assert error.startswith("octavo: error: ") and message in error
     assert error.count("\n") == 2 and error.splitlines()[1].startswith("See: octavo") and error.endswith("--help\n")
+
+
+def test_no_flag_of_ours_is_called_a_flag_of_vllm_s() -> None:
+    def below(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+        for action in parser._actions:
+            for child in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+                yield from (child, *below(child))
+
+    loading = [parser for parser in below(build_parser()) if isinstance(parser, FlagParser) and parser.elsewhere]
+    assert len(loading) >= 7, "serve, generate, chat, run-batch, plan, two benchmarks"
+    for parser in loading:
+        assert not set(parser.elsewhere) & set(parser._option_string_actions), parser.prog
 
 
 def test_a_value_may_look_like_a_flag_after_an_equals_sign() -> None:
@@ -145,8 +169,58 @@ def test_plan_needs_a_config_only() -> None:
 def test_plan_for_a_device_that_is_not_here() -> None:
     done = run("plan", str(CONFIG), "--device", "cuda", "--device-memory", "80G")
     assert done.returncode == 0 and "on a cuda device" in done.stdout, done.stderr
-    done = run("plan", str(CONFIG), "--device", "cuda")
+    done = run("plan", str(CONFIG), "--device", "cuda", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1 and "--device-memory" in done.stderr
+
+
+def test_plan_for_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
+    assert main(["plan", str(CONFIG), "--device", "cuda"]) == 0
+    told = capsys.readouterr().out
+    assert "on a cuda device" in told and "90% of 80.00 GiB of the device (10.00 GiB of them are taken already)" in told
+
+
+# A GPU that cannot be used, in the ways of worker/gpu.py and worker/memory.py
+
+def failing(error: Exception) -> Callable[..., None]:
+    def function(*args: object) -> None:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(("command", "words"), [
+    ("generate", [str(CONFIG), "--skip-tokenizer-init"]), ("bench latency", ["--model", str(CONFIG)]),
+    ("bench throughput", ["--model", str(CONFIG)])])
+@pytest.mark.parametrize(("is_there", "capability", "error", "total", "free", "sentence"), [
+    (False, (9, 0), None, 80, 80, r"device cuda: no NVIDIA GPU is found, or its driver is missing or too old for this torch\."),
+    (True, (6, 1), None, 80, 80, r"device cuda: A GPU has compute capability 6\.1; 7\.0 is the oldest supported\."),
+    (True, (9, 0), torch.OutOfMemoryError("CUDA out of memory."), 80, 0, r"device cuda: A GPU has no free memory at all; .*"),
+    (True, (9, 0), None, 1, 1, r"the KV pool would have no block: 90% of 1\.00 GiB of the device leaves .* GiB .*"),
+    (True, (9, 0), None, 80, 0.3, r"the KV pool would .* 80\.00 GiB of the device \(79\.70 GiB of them are taken already\).*"),
+], ids=["absent", "too old", "full before we come", "too small", "full"])
+def test_a_gpu_that_cannot_be_used_is_one_sentence_and_exit_code_1(
+    is_there: bool, capability: tuple[int, int], error: Exception | None, total: float, free: float, sentence: str, command: str,
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), int(total * 2**30)))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device="cpu", **rest: zeros(*shape, **rest))
+    monkeypatch.setattr(ops, "load_cuda", lambda: None)
+    monkeypatch.setattr(ops, "count_tokens", failing(error) if error else lambda *tensors: None)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt_token_ids": [1, 2]}\n')
+    more = ["--input", str(prompts)] if command == "generate" else []
+    assert main([*command.split(), *words, *more, "--device", "cuda", "--dtype", "bfloat16", "--load-format", "dummy"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and re.fullmatch(f"octavo: error: {sentence}\n", captured.err), captured
 
 
 def started(code: str) -> "subprocess.Popen[str]":

@@ -1,8 +1,8 @@
 """Command-line flags: those of SamplingParams, and how the engine's are shown in a command's help.
 
 Owns how a sampling field is spelt on the command line and the groups of --help; ranges stay in SamplingParams and
-EngineConfig. Invariant: only sampling flags that were given appear among the changes, so the model's own defaults
-(generation_config.json) hold for all others.
+EngineConfig, and flags that only vLLM has in vllm_flags.py. Invariant: only sampling flags that were given appear among the
+changes, so the model's own defaults (generation_config.json) hold for all others.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from octavo.commands.vllm_flags import REFUSED as ELSEWHERE
 from octavo.config import EngineConfig, human_int
 from octavo.errors import ModelError, RequestError
 from octavo.params import SamplingParams, StructuredOutputsParams
@@ -104,12 +105,15 @@ class _EngineGroups:
         return (self.refused if names[0] in REFUSED else self.engine).add_argument(*names, **options)
 
 
-def add_engine_args(parser: argparse.ArgumentParser, *, model: str = "option", optional: bool = False) -> None:
+def add_engine_args(parser: Any, *, model: str = "option", optional: bool = False) -> None:
     """Add a flag per field of EngineConfig, in groups of their own; call it last, so that they come last in --help.
 
+    Flags of vLLM's that Octavo does not have are refused by name from now on.
+
     Args:
-        model: "option" or "positional". optional: the command can do without a model.
+        parser: of the command. model: "option" or "positional". optional: the command can do without a model.
     """
+    parser.elsewhere = ELSEWHERE
     groups: Any = _EngineGroups(parser, optional)
     EngineConfig.add_cli_args(groups, model=model)
 

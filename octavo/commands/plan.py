@@ -47,17 +47,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _machine(config: EngineConfig, device_memory: int | None) -> "Machine":
-    """The device to plan for: this host's memory, or ``device_memory`` of the configured kind of device."""
-    from octavo.worker.machine import machine_memory
+    """The device to plan for: this machine's, or one of the configured kind with ``device_memory``."""
+    import torch
+
+    from octavo.worker.machine import Machine, machine_memory
     from octavo.worker.memory import resolve_device
 
     host, device = machine_memory(), resolve_device(config)
     if device_memory is not None:
         return dataclasses.replace(host, device=device, total=device_memory, available=device_memory)
-    if device != host.device:
+    if device == host.device:
+        return host
+    if not torch.cuda.is_available():
         raise ConfigError(f"device_memory must be given to plan for device {device!r}, such as --device-memory 80G.",
                           "device_memory")
-    return host
+    free, total = torch.cuda.mem_get_info()
+    return Machine(device, int(total), int(free), host.total)
 
 
 def show(model: str, machine: "Machine", plan: "MemoryPlan") -> None:
@@ -65,7 +70,7 @@ def show(model: str, machine: "Machine", plan: "MemoryPlan") -> None:
     from octavo.worker.machine import size_text
 
     rows = [(row.name, size_text(row.bytes), row.how) for row in plan.rows]
-    host = ("host pool", size_text(plan.host.bytes), f"{plan.host.how}, for swapped requests")
+    host = ("host pool", size_text(plan.host.bytes), f"{plan.host.how}, for swapped requests and evicted prefixes")
     left = f"of {size_text(machine.available)} available"
     if machine.device == "cpu":  # one memory holds both pools
         rows += [host, ("total", size_text(plan.total + plan.host.bytes), f"all of the above, host pool included, {left}")]

@@ -12,7 +12,6 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from octavo.commands.options import add_engine_args, with_hint
-from octavo.commands.vllm_flags import REFUSED
 from octavo.commands.words import help_about, with_config_file, with_json_flags
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, ModelError
@@ -29,7 +28,6 @@ def add_parser(commands: Any) -> None:
     ServerConfig.add_cli_args(parser.add_argument_group("server"))
     add_engine_args(parser, model="positional", optional=True)
     parser.add_argument("--model", dest="model_flag", metavar="MODEL", help="the same as the argument")
-    parser.elsewhere = REFUSED
     parser.rewrite = lambda words: _rewrite(parser, words)
     parser.set_defaults(run=run)
 

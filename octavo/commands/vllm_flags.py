@@ -1,17 +1,18 @@
-"""Flags of ``vllm serve`` that ``octavo serve`` does not have, and what stands in their place.
+"""Flags of ``vllm serve`` that no command of Octavo's has, and what stands in their place.
 
-Owns the table, from which the refusals and the migration page of the documentation are made; it does not know parsers.
-Invariant: no flag stands here that Octavo has.
+Owns the table, from which the refusals of all commands that load a model and a page of the documentation are made; it does
+not know parsers. Invariant: no flag stands here that Octavo has.
 """
 
 NOT_YET = "it does not exist in Octavo yet"
 ONE_DEVICE = "Octavo runs on one device so far"
-COMPUTED = "memory is planned, not measured: see octavo plan, --gpu-memory-utilization and --kv-cache-memory-bytes"
 GRAPHS = "CUDA graphs are captured for all sizes at start; --enforce-eager switches them off"
 NO_IMAGES = "Octavo takes text only"
 NO_KERNEL_CHOICE = "Octavo chooses its own kernels by device and shape"
 NO_PLUGINS = "Octavo runs no code but its own"
 NO_LORA = "LoRA adapters do not exist in Octavo yet; serve merged weights"
+NO_DRAFTS = "speculative decoding does not exist in Octavo yet"
+NO_EXPERTS = "mixtures of experts do not exist in Octavo yet"
 ENVIRONMENT = "see the environment variables of the serving guide"
 
 REFUSED: dict[str, str] = {
@@ -24,9 +25,14 @@ REFUSED: dict[str, str] = {
     "--data-parallel-backend": ONE_DEVICE,
     "--data-parallel-hybrid-lb": ONE_DEVICE,
     "--data-parallel-external-lb": ONE_DEVICE,
-    "--enable-expert-parallel": ONE_DEVICE,
-    "-ep": ONE_DEVICE,
+    "--enable-expert-parallel": NO_EXPERTS,
+    "-ep": NO_EXPERTS,
+    "--enable-eplb": NO_EXPERTS,
+    "--eplb-config": NO_EXPERTS,
+    "--expert-placement-strategy": NO_EXPERTS,
     "--distributed-executor-backend": ONE_DEVICE,
+    "--disable-custom-all-reduce": ONE_DEVICE,
+    "--max-parallel-loading-workers": ONE_DEVICE,
     "--decode-context-parallel-size": ONE_DEVICE,
     "--nnodes": ONE_DEVICE,
     "--node-rank": ONE_DEVICE,
@@ -48,10 +54,14 @@ REFUSED: dict[str, str] = {
     "--pooler-config": "Octavo generates text; there are no pooling models yet",
     "--override-pooler-config": "Octavo generates text; there are no pooling models yet",
     "--tokenizer-mode": "the tokenizer's own files decide; --tokenizer names another one",
+    "--tokenizer-pool-size": "texts are tokenised in a thread of each API process",
     "--tokenizer-revision": "--revision is for both; a local folder as --tokenizer is never fetched",
     "--code-revision": "Octavo never runs code from a checkpoint",
     "--config-format": "the files decide",
     "--hf-config-path": "--hf-overrides replaces entries of config.json",
+    "--rope-scaling": "--hf-overrides replaces entries of config.json",
+    "--rope-theta": "--hf-overrides.rope_theta replaces the entry of config.json",
+    "--disable-sliding-window": "--hf-overrides replaces entries of config.json",
     "--hf-token": "set HF_TOKEN, or log in with the hub's own command",
     "--ignore-patterns": "only the files that are needed are fetched",
     "--model-loader-extra-config": "loading has no options",
@@ -67,12 +77,17 @@ REFUSED: dict[str, str] = {
     "--ec-transfer-config": NOT_YET,
     "--calculate-kv-scales": "an fp8 cache has fixed scales",
     "--num-lookahead-slots": NOT_YET,
-    "--speculative-config": "speculative decoding does not exist in Octavo yet",
+    "--speculative-config": NO_DRAFTS,
+    "--speculative-model": NO_DRAFTS,
+    "--num-speculative-tokens": NO_DRAFTS,
     "--enable-lora": NO_LORA,
     "--lora-modules": NO_LORA,
     "--max-loras": NO_LORA,
     "--max-lora-rank": NO_LORA,
     "--max-cpu-loras": NO_LORA,
+    "--enable-lora-bias": NO_LORA,
+    "--lora-extra-vocab-size": NO_LORA,
+    "--qlora-adapter-name-or-path": NO_LORA,
     "--lora-dtype": NO_LORA,
     "--fully-sharded-loras": NO_LORA,
     "--default-mm-loras": NO_LORA,
@@ -94,7 +109,7 @@ REFUSED: dict[str, str] = {
     "--attention-config": NO_KERNEL_CHOICE,
     "-ac": NO_KERNEL_CHOICE,
     "--kernel-config": NO_KERNEL_CHOICE,
-    "--moe-backend": NO_KERNEL_CHOICE,
+    "--moe-backend": NO_EXPERTS,
     "--all2all-backend": ONE_DEVICE,
     "--compilation-config": "nothing is compiled at start; " + GRAPHS,
     "-cc": "nothing is compiled at start; " + GRAPHS,
@@ -105,11 +120,13 @@ REFUSED: dict[str, str] = {
     "--max-cudagraph-capture-size": GRAPHS,
     "--max-seq-len-to-capture": GRAPHS,
     "--performance-mode": "set --max-num-seqs and --max-num-batched-tokens",
+    "--disable-async-output-proc": "see --async-scheduling",
     "--num-scheduler-steps": "steps overlap by themselves: see --async-scheduling",
     "--stream-interval": "every step is streamed",
     "--max-num-partial-prefills": "the token budget decides: see --max-num-batched-tokens",
     "--max-long-partial-prefills": "see --long-prefill-token-threshold",
     "--disable-chunked-mm-input": NO_IMAGES,
+    "--disable-cascade-attn": NO_KERNEL_CHOICE,
     "--disable-hybrid-kv-cache-manager": "there is one kind of KV cache",
     "--mamba-cache-dtype": "there are no state-space models yet",
     "--prefix-caching-hash-algo": "blocks are found by SHA-256",

@@ -1,9 +1,9 @@
 """The operators of Octavo; every file above this folder reaches the kernels through these names and no others.
 
-Owns the list. Each name is the chosen callable itself: a compiled kernel (CPU tensors, float32 activations), or the
-function of reference.py (or fused_reference.py: operators that only GPUs have) with the same signature where the
-extension is not built. Invariant: outputs are made by the
-caller and written in place; only pack_linear returns a tensor.
+Owns the list. Each name is the chosen callable itself: a compiled kernel, or the function of reference.py (or
+fused_reference.py: operators that only GPUs have) with the same signature where the extension is not built. The files below
+state what a CPU takes, float32 activations; a GPU takes bfloat16 and float16 too, as csrc/cuda/ops.h says. Invariant: outputs
+are made by the caller and written in place; only pack_linear returns a tensor.
 """
 
 from octavo.ops.activation import activation, gated_activation

@@ -11,16 +11,16 @@ from torch import Tensor
 from octavo.ops.library import choose
 
 write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = choose("write_kv")
-"""write_kv(key, value, k_cache, v_cache, slots): token t's key and value go to slots[t].
+"""write_kv(key, value, k_cache, v_cache, slots, k_scale=1, v_scale=1): token t's key and value go to slots[t].
 
 Args:
     key, value: float32 [tokens, kv_heads, head_dim]; the stride of dim 0 is free.
     k_cache, v_cache: [num_blocks, block_size, kv_heads, head_dim], written, rounded to the cache's dtype.
-    slots: int64 [tokens]; -1 writes nowhere.
+    slots: int64 [tokens]; -1 writes nowhere. k_scale, v_scale: divide what a cache of 8-bit floats gets; such a cache is a GPU's.
 """
 
 gather_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = choose("gather_kv")
-"""gather_kv(key, value, k_cache, v_cache, slots): the inverse of write_kv; -1 gives zeros."""
+"""gather_kv(key, value, k_cache, v_cache, slots, k_scale=1, v_scale=1): the inverse of write_kv; -1 gives zeros."""
 
 copy_blocks: Callable[[Tensor, Tensor], None] = choose("copy_blocks")
 """copy_blocks(kv, pairs): copy block pairs[i, 0] over block pairs[i, 1] in every layer, keys and values.

@@ -6,9 +6,9 @@ through pinned memory. Decode steps and small mixed steps are replayed graphs, o
 larger ones, and the sampling of mixed steps and of rows that ask for more than a token, are launched kernel by kernel.
 
 What a failed step leaves is as in ModelRunner: the tables as if it had succeeded, with token 0; a device whose context is lost
-ends the engine. Invariants: everything runs on
-one stream, in the order of the plans; the only wait is for the event at the end of a step (DevicePending), and for edits that
-must see a row's last token; after the constructor no kernel of the common path allocates memory.
+ends the engine. Invariants: everything that computes runs on one stream, in the order of the plans (blocks move beside it, see
+BlockMover); the only waits are for the event at the end of a step (DevicePending), for edits that must see a row's last token,
+and for changes that do not fit one array of staging; after the constructor no kernel of the common path allocates memory.
 """
 
 import gc

@@ -41,6 +41,7 @@ class Scores:
     top_logprobs: Float32
 
     def row(self, row: int, start: int, part: slice, k: int, tokens: Int32) -> RowLogprobs:
+        """Entries ``part`` with their best ``k``, as logprobs of a row's ``tokens`` from index ``start`` on."""
         return RowLogprobs(
             row=row,
             start=start,

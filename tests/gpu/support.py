@@ -4,9 +4,10 @@ Owns the making of checkpoints from a config alone (no transformers: a bare GPU 
 the logits are far from flat, and the meaning of "equal except at near ties". DEVICE is the GPU, or the CPU where there is none,
 so that the tests themselves can be tried out there.
 
-Two runs of the same request may differ by rounding wherever a product of more than 64 rows is left to cuBLAS, which chooses its
-order of summation by the number of rows, and wherever a token is computed once by the prefill and once by the decode kernel.
-Then a greedy continuation may part where two tokens are nearly as likely, and everything behind that place is another text.
+Two runs of the same request may differ by rounding wherever a product has so many rows that another kernel computes it (beyond
+SKINNY_ROWS, see layers/weight.py; the last is cuBLAS's, which chooses its order of summation by the number of rows), and wherever
+a token is computed once by the prefill and once by the decode kernel. Then a greedy continuation may part where two tokens are
+nearly as likely, and everything behind that place is another text.
 """
 
 import importlib.util
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Asked = list[tuple[list[int], SamplingParams]]
 
-# A Llama of the sizes that the kernels were made for: every product of up to 64 rows is one of ours.
+# A Llama of the sizes that the kernels were made for: every product of few rows is one of ours.
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512,

@@ -3,9 +3,9 @@
 What holds to the bit and what up to near ties. Attention of up to 8 new tokens, norms, rotations, samplers and products of up to
 SKINNY_ROWS rows are kernels of our own whose result for a row does not depend on the other rows: where a run computes every
 token by them, and in chunks of at most 8 tokens, its bytes do not depend on graphs, overlap, company, swapping. A product of
-more rows is cuBLAS's, and a longer chunk is another attention kernel: runs that mix these differ by rounding, so their tokens
-may part where two were nearly as likely. float32 on the GPU and on the CPU differ by the order of summation only. Checksums of
-the tables wait for the device in every step, which hides races, so most runs go without.
+more rows is another kernel's or cuBLAS's, and a longer chunk is another attention kernel: runs that mix these differ by rounding,
+so their tokens may part where two were nearly as likely. float32 on the GPU and on the CPU differ by the order of summation only.
+Checksums of the tables wait for the device in every step, which hides races, so most runs go without.
 """
 
 from collections.abc import Iterator
