@@ -16,7 +16,8 @@ namespace {
 constexpr int64_t int_max = 0x7fffffff;
 
 bool on_tensor_cores(const AttentionParams& p) {
-  const bool aligned = p.q_stride % 8 == 0 && reinterpret_cast<uintptr_t>(p.q) % 16 == 0;
+  bool aligned = p.q_stride % 8 == 0;
+  for (const void* pointer : {static_cast<const void*>(p.out), p.q, p.k_cache, p.v_cache}) aligned &= reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   return device().capability >= 80 && p.act != f32 && p.head_dim % 16 == 0 && p.head_dim <= 256 && p.block_size % 8 == 0 && aligned;
 }
 
@@ -74,6 +75,9 @@ void paged_attention(const Tensor& out, const Tensor& q, const Tensor& k_cache, 
   c.require(window >= 0 && window <= int_max, "window = %lld must not be negative", static_cast<long long>(window));
   c.require(softcap >= 0, "softcap = %g must not be negative", softcap);
   c.require(scale > 0, "scale = %g must be positive", scale);
+  c.require(k_cache.dtype == e4m3 || (k_scale == 1 && v_scale == 1), "k_scale = %g and v_scale = %g, but a cache of this type has no scales", k_scale,
+            v_scale);
+  c.require(k_scale > 0 && v_scale > 0, "k_scale = %g and v_scale = %g, but both must be positive numbers", k_scale, v_scale);
   c.require(max_query >= 0, "max_query = %lld must not be negative", static_cast<long long>(max_query));
   c.require(c['T'] <= int_max && c['S'] <= int_max && c['D'] <= 65536 && c['Q'] <= 65536, "a dimension is too large");
   if (c['T'] == 0 || c['N'] == 0) return;

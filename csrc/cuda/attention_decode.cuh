@@ -141,7 +141,8 @@ __device__ __forceinline__ int add_acq_rel(int* p, int value) {
   return old;
 }
 
-// What the looking-ahead warp and the computing warps tell each other, in shared memory.
+// What the looking-ahead warp and the computing warps tell each other, in shared memory. racecheck follows barriers and no flags: it reports these,
+// and the steps, queries and rows that they announce. `step` and `item` need no fence: they allow to overwrite, behind a meet() of all readers.
 struct Progress {
   int written;        // steps that are written out
   int last;           // number of steps, once known
@@ -259,8 +260,8 @@ __device__ __forceinline__ void look_ahead(const AttentionParams& p, const Decod
             shared.rows[buffer][lane] = {s.context - s.queries + token, p.alibi ? p.alibi[head] * log2_e : 0.0f,
                                          (s.query_start + token) * p.heads + head, 0};
           }
-          __threadfence_block();
           __syncwarp();
+          __threadfence_block();  // behind the warp's meeting, so that the flag speaks for all lanes
           if (lane == 0) *const_cast<volatile int*>(&shared.progress.queries_ready) = item + 1;
           stored = true;
         };
@@ -290,8 +291,8 @@ __device__ __forceinline__ void look_ahead(const AttentionParams& p, const Decod
             words[2] = make_int4(part, slot, cut, kv_head * (units / p.kv_heads) + (began ? r.first_owner : range));
             words[3] = make_int4(to - from, end - start, end, 0);
           }
-          __threadfence_block();
           __syncwarp();
+          __threadfence_block();
           ++written;
           if (lane == 0) *const_cast<volatile int*>(&shared.progress.written) = written;
         }

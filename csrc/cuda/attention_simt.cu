@@ -47,7 +47,7 @@ __device__ __forceinline__ void load_floats(float (&to)[count], const T* from) {
   }
 }
 
-// T: float | __half | __nv_bfloat16. KV: T, or __nv_fp8_storage_t (a byte) for e4m3. `vector`: head_dim is whole units of 16 bytes of KV.
+// T: float | __half | __nv_bfloat16. KV: T, or __nv_fp8_storage_t (a byte) for e4m3. `vector`: keys are whole units of 16 bytes of KV.
 template <class T, class KV, bool vector>
 __global__ void __launch_bounds__(simt_threads, 4) simt_kernel(const __grid_constant__ AttentionParams p) {
   constexpr int unit = vector ? 16 / static_cast<int>(sizeof(KV)) : 1;
@@ -190,7 +190,7 @@ void launch_type(const AttentionParams& p, cudaStream_t stream) {
   const int group = p.heads / p.kv_heads;
   const int parts = (group + simt_heads - 1) / simt_heads;
   const dim3 grid(static_cast<unsigned>(p.num_tokens), static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(parts));
-  const bool vector = p.head_dim * sizeof(KV) % 16 == 0;
+  const bool vector = p.head_dim * sizeof(KV) % 16 == 0 && reinterpret_cast<uintptr_t>(p.k_cache) % 16 == 0;
   launch("paged_attention", vector ? simt_kernel<T, KV, true> : simt_kernel<T, KV, false>, grid, dim3(simt_threads), 0, stream, p);
 }
 

@@ -23,6 +23,7 @@ BF16, F16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 NO_BLOCK = -7
 ROUNDING = {BF16: 2.0**-8, F16: 2.0**-11}
 ROOM = 4096  # partial results
+ROOMS = (0, 40, None)  # give the same bits
 # (new tokens, keys); a context of 0 is padding
 ONES = ((1, 1), (1, 15), (1, 16), (1, 17), (1, 255), (1, 0), (1, 256), (1, 257), (1, 300), (1, 1023), (1, 2100), (1, 63), (1, 0))
 SHORT = ((3, 3), (1, 300), (8, 8), (2, 0), (8, 600), (5, 17), (1, 1), (4, 1030), (7, 263))
@@ -162,7 +163,7 @@ def check(case: Case) -> None:
         f"{out[wrong][:4].tolist()} for {exact[wrong][:4].tolist()}, worst {(out.double() - exact).abs()[wrong].max():.3g}"
     )
     assert out[~used].isnan().all(), f"{case}: a row of no sequence was written"
-    for room in (0, 40, None):
+    for room in ROOMS:
         other = step.run(room)
         differ = int((other[used] != out[used]).sum())
         assert torch.equal(other[used], out[used]), f"{case}: {differ} elements differ with room for {room}"
@@ -320,6 +321,13 @@ def test_contract():
     refused("window", window=-1)
     refused("softcap", softcap=-1.0)
     refused("scale", scale=0.0)
+    for scales in ((0.5, 1.0), (1.0, 2.0)):
+        with pytest.raises(RuntimeError, match="no scales"):
+            ops.paged_attention(*good, *scales)
+    e4m3 = Step(Case(((1, 20), (1, 30)), kv=E4M3))
+    for scales in ((0.0, 1.0), (1.0, -1.0), (math.nan, 1.0)):
+        with pytest.raises(RuntimeError, match="positive"):
+            ops.paged_attention(out, e4m3.q, e4m3.k, e4m3.v, *good[4:], *scales)
     work = torch.zeros(work_ints(2, 2), dtype=torch.int32, device="cuda")
     with pytest.raises(RuntimeError, match="work needs"):
         ops.attention_plan(work[:100], step.starts, step.contexts, heads, kv_heads, 128, 0, 1, 0)
@@ -331,3 +339,19 @@ def test_contract():
         many = torch.zeros(2050, dtype=torch.int32, device="cuda")
         enough = torch.zeros(work_ints(2049, 1), dtype=torch.int32, device="cuda")
         ops.attention_plan(enough, many, many[:2049], heads, kv_heads, 128, 0, 1, 0)
+
+
+@pytest.mark.parametrize("sequences", (ONES, ((40, 300), (1, 20), (9, 9))), ids=("ones", "prompts"))
+def test_caches_that_begin_at_odd_addresses(sequences):
+    """Copies of 16 bytes would be faults that end the process: the last test of this file."""
+    step = Step(Case(sequences))
+
+    def moved(x):
+        return torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].copy_(x.flatten()).view(x.shape)
+
+    step.k, step.v = moved(step.k), moved(step.v)
+    assert step.k.data_ptr() % 16 == 2 == step.v.data_ptr() % 16
+    out = step.run()
+    exact, bound, used = step.expected()
+    assert ((out.double() - exact).abs() <= bound * 2.0**-8 + exact.abs() * 2.0**-8 + 1e-5)[used].all()
+    assert out[~used].isnan().all()
