@@ -33,7 +33,7 @@ cuda-all: ext  ## build the CUDA kernels for every architecture (half an hour of
 	@$(BIN)/python scripts/build_cuda.py --all
 
 # For a GPU machine without a network: no .venv, the Python that is there (PYTHON=) with torch, numpy and pytest.
-gpu-check:  ## on a GPU machine: build, test, sanitise and measure the CUDA kernels with PYTHON (arguments: CHECK="--only tests")
+gpu-check:  ## on a GPU machine: build, test, sanitise and measure everything with PYTHON (CHECK="--only soak --minutes 6" and others)
 	@$(PYTHON) scripts/gpu_check.py $(CHECK)
 
 serve: ext  ## serve a real model on 127.0.0.1:8000 (fetches 98 MB the first time; arguments: SERVE="--port 9000")

@@ -6,6 +6,7 @@ request, which must get the same answer as the first time, except where two toke
 but not made to be small, so that the probe means something.
 
     python benchmarks/soak_gpu.py --minutes 6
+    python benchmarks/soak_gpu.py --minutes 1 --rounds 4 --memory 0.1   # beside others: never more than a tenth of the GPU
 """
 
 import argparse
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROBE_TOKENS, PROBE_EVERY = 24, 25
 TIE = 0.6  # nat: what bf16 may do to two logprobs of a model of random weights
 SETTLE = 2  # rounds until every graph is captured and every buffer of the allocator is there
+WANTED_MINUTES = 6.0
 SLACK = 1 << 20  # bytes of live device memory that may come and go
 HOST_SLACK = 64 << 20  # bytes by which this process may have grown at the end
 
@@ -229,17 +231,22 @@ def _host_memory() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the traffic on a small model of random weights; exit code 1 when something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--minutes", type=float, default=WANTED_MINUTES)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--blocks", type=int, default=300, help="of the KV pool: fewer are needed than asked for (default: 300)")
+    parser.add_argument("--memory", type=float, help="share of the GPU's memory beyond which an allocation fails (default: none)")
     parser.add_argument("--checksums", action="store_true", help="compare the tables in every step, which waits for the device")
     args = parser.parse_args(argv)
     words = sys.argv[1:] if argv is None else list(argv)
     from octavo import EngineArgs, LLMEngine
     from octavo.bench.report import json_line, machine, rounded
 
+    if args.memory is not None and args.device == "cuda":
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(args.memory)
     sys.path.insert(0, str(ROOT / "tests" / "gpu"))
     from support import LLAMA, make_checkpoint
 
@@ -261,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ("live", found.live), ("reserved", found.reserved), ("host", found.host))))
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     figures = {
-        "soak/minutes": {"value": rounded(found.seconds / 60), "unit": "min"},
+        "soak/minutes": {"value": rounded(found.seconds / 60), "unit": "min", "target": WANTED_MINUTES},
         "soak/requests": {"value": found.requests, "unit": ""},
         "soak/aborted": {"value": found.aborted, "unit": ""}, "soak/preempted": {"value": found.preempted, "unit": "sequences"},
         "soak/live_growth_bytes": {"value": found.live[-1] - found.live[settled], "unit": "B", "target": SLACK},

@@ -86,7 +86,12 @@ def gpus() -> tuple[str | None, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package lies in, ``-dirty`` when changed; None for an installed package."""
+    """The commit of the checkout that this package lies in, ``-dirty`` when changed; None for an installed package.
+
+    BENCH_COMMIT overrides it: whoever runs a copy of a checkout knows it better (scripts/tree_commit.py).
+    """
+    if stated := os.environ.get("BENCH_COMMIT"):
+        return stated
     if not (ROOT / ".git").exists():
         return None
     found = _lines("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12")

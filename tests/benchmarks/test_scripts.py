@@ -8,6 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+from octavo.errors import OctavoError
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = {
@@ -202,6 +205,16 @@ def test_soak(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert script("soak_gpu").main(["--device", "cpu", "--minutes", "0.04", "--rounds", "3", "--blocks", "100"]) == 0
     figures = last(capsys)["figures"]
     assert figures["soak/requests"]["value"] > 20 and figures["soak/aborted"]["value"] > 0
+
+
+def test_a_soak_beside_others_keeps_to_its_share_of_the_gpu(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = list[float]()
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the next step, making the engine, says so
+    for words, wanted in (([], []), (["--memory", "0.1"], [0.1])):
+        with pytest.raises(OctavoError, match=r"GPU|cuda"):
+            script("soak_gpu").main(["--minutes", "0.01", *words])
+        assert shares == wanted
 
 
 # The server
