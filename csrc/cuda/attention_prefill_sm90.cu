@@ -563,9 +563,8 @@ __global__ void __launch_bounds__(threads, 1)
 bool built_for_device() {
   static const bool built = [] {
     cudaFuncAttributes attributes = {};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, prefill_kernel<true, 128>);
-    if (error != cudaSuccess) cudaGetLastError();
-    return error == cudaSuccess && attributes.sharedSizeBytes > 0;
+    check(cudaFuncGetAttributes(&attributes, prefill_kernel<true, 128>), "octavo");
+    return attributes.sharedSizeBytes > 0;
   }();
   return built;
 }

@@ -246,9 +246,8 @@ __global__ void __launch_bounds__(128 * groups + 32, tokens * groups > 128 ? 1 :
 bool built_for_device() {
   static const bool built = [] {
     cudaFuncAttributes attributes = {};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, tile_kernel<__nv_bfloat16, 32, 1, false>);
-    if (error != cudaSuccess) cudaGetLastError();
-    return error == cudaSuccess && attributes.sharedSizeBytes > 0;
+    check(cudaFuncGetAttributes(&attributes, tile_kernel<__nv_bfloat16, 32, 1, false>), "octavo");
+    return attributes.sharedSizeBytes > 0;
   }();
   return built;
 }

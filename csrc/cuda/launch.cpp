@@ -61,6 +61,8 @@ const Device& device() {
     Device& d = devices[index];
     d.num_sms = attribute(cudaDevAttrMultiProcessorCount);
     d.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+    // Such code would neither wait for the kernel before it nor know which thread block of a cluster it is.
+    if (d.capability >= 90 && !code_knows_clusters()) d.capability = 89;
     d.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     d.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     d.l2_bytes = attribute(cudaDevAttrL2CacheSize);

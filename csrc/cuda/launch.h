@@ -18,14 +18,16 @@ cudaStream_t current_stream(int device = -1);  // torch's stream of the current 
 void check(cudaError_t error, const char* op);  // throws "<op>: <CUDA's words>"
 
 struct Device {
-  int num_sms, capability;  // 90 is 9.0
+  int num_sms;
+  int capability;           // 90 is 9.0; at most 89 where the driver made the code from PTX of an earlier one, which lacks what 9.0 brought
   int shared_per_block;     // most bytes of shared memory that a block can have
   int shared_per_sm;
   int64_t l2_bytes;
 };
 const Device& device();  // of the current device, read once
 
-bool dependent_launch();  // the device can (9.0 and later) and it is not switched off
+bool code_knows_clusters();  // the code that runs on the current device was compiled for 9.0 or later
+bool dependent_launch();     // the device and the code can (9.0 and later)
 
 #ifdef __CUDACC__
 __device__ __forceinline__ void dependency_wait() {

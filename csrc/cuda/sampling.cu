@@ -265,8 +265,10 @@ __global__ void __launch_bounds__(row_threads, resident ? resident_blocks : 1) s
   }
 
   const Weigher weigh(logit_of(static_cast<uint32_t>(top >> 32)), temperature);
-  // min_p as the least logit that is kept: the sum of floats is exact in float64, and rounded up to the next float.
-  const float least = min_p > 0 ? __double2float_ru(static_cast<double>(weigh.best) + static_cast<double>(temperature * logf(min_p))) : -infinity();
+  // min_p as the least logit that is kept, rounded up to the next float. The product is of float64: one that is infinite would leave
+  // nothing of a row whose best logit is.
+  const double below = static_cast<double>(temperature) * static_cast<double>(logf(min_p));
+  const float least = min_p > 0 ? __double2float_ru(__dadd_rn(static_cast<double>(weigh.best), below)) : -infinity();
   Border border = {least, INT_MAX};
   const uint32_t fraction = philox(static_cast<uint64_t>(a.seeds[s]), static_cast<uint32_t>(a.positions[s]), static_cast<uint32_t>(a.index[s])) >> 8;
   int32_t* token = a.tokens + s;

@@ -6,6 +6,7 @@
 
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "sampling_team.cuh"
 
@@ -533,14 +534,15 @@ struct RowLaunch {
 };
 
 // Whether the device can run a few teams of 16 blocks, which is more than every device must: few rows are done sooner then. Asked once
-// for each device; `fits` is the caller's memory of it.
+// for each device and size of shared memory; `fits` is the caller's memory of it.
+using LargeTeams = std::map<std::pair<int, size_t>, bool>;  // by device and shared memory
 template <class... Parameters>
-bool large_team_fits(const char* op, void (*kernel)(Parameters...), const RowPlan& plan, std::map<int, bool>& fits) {
+bool large_team_fits(const char* op, void (*kernel)(Parameters...), const RowPlan& plan, LargeTeams& fits) {
   static std::mutex guard;
   const std::lock_guard<std::mutex> lock(guard);
   int index = 0;
   check(cudaGetDevice(&index), op);
-  const auto known = fits.find(index);
+  const auto known = fits.find({index, plan.shared});
   if (known != fits.end()) return known->second;
   const auto ask = [&] {
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) return cudaGetLastError(), false;
@@ -550,7 +552,7 @@ bool large_team_fits(const char* op, void (*kernel)(Parameters...), const RowPla
     if (cudaOccupancyMaxActiveClusters(&teams, kernel, &attempt.config) != cudaSuccess) return cudaGetLastError(), false;
     return teams >= few_rows;
   };
-  return fits[index] = ask();
+  return fits[{index, plan.shared}] = ask();
 }
 
 // `resident` and `reading`: the two instances of a kernel. The arguments are made from the plan.
@@ -559,7 +561,7 @@ void launch_rows(const char* op, void (*resident)(Arguments), void (*reading)(Ar
   const int capability = device().capability;
   RowPlan plan = plan_rows(vocab, capability < 90 ? 1 : vocab > 65536 ? 8 : vocab > 32768 ? 4 : vocab > 16384 ? 2 : 1);
   if (capability >= 90 && rows <= few_rows && vocab > 65536) {
-    static std::map<int, bool> fits;
+    static LargeTeams fits;
     const RowPlan large = plan_rows(vocab, largest_team);
     if (large.resident && large_team_fits(op, resident, large, fits)) plan = large;
   }
