@@ -303,7 +303,8 @@ async def create_chat_completion(service: Service, scope: Scope, receive: Receiv
 
 def _names(request: ChatRequest) -> dict[str, str]:
     """Under which names this client knows what the engine has one name for."""
-    names = {"logprobs": "top_logprobs"}  # the number of them; logprobs itself is a switch here
+    names = {"logprobs": "top_logprobs",  # the number of them; logprobs itself is a switch here
+             "prompt": "messages"}
     if request.max_tokens is None and request.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
     return names

@@ -160,8 +160,8 @@ def attach() -> Parent:
     services that signals all processes of a service. What was standard output and is written to by a library goes to
     standard error.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         _log.warning("the kernel knows no parent-death signal: a hung process could outlive its parent")

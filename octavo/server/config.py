@@ -125,8 +125,8 @@ class ServerConfig:
 def _check_ranges(c: ServerConfig) -> None:
     def need(name: str, good: bool, hint: str) -> None:
         if not good:
-            shown = "..." if name.startswith("api_key") else repr(getattr(c, name))
-            raise ConfigError(f"{name} must be {hint}, got {shown}.", name)
+            got = "" if name.startswith("api_key") else f", got {getattr(c, name)!r}"
+            raise ConfigError(f"{name} must be {hint}{got}.", name)
 
     need("port", 0 <= c.port < 65536, "from 0 to 65535")
     need("host", bool(c.host), "an address")

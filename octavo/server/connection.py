@@ -43,6 +43,10 @@ class Connection:
         self.flush()
         self._finish()
 
+    def release(self) -> None:
+        """It is lost, and there is nobody whom an end would concern."""
+        self._finish = _nothing
+
     def _keep(self, data: bytes) -> None:
         self._head, self.write = data, self._join
 
@@ -62,6 +66,10 @@ class Connection:
     def write_paused(self) -> bool:
         """So much is buffered that sending waits."""
         return self._flow.write_paused
+
+
+def _nothing() -> None:
+    pass
 
 
 class Cycle(RequestResponseCycle):
@@ -98,6 +106,12 @@ class Cycle(RequestResponseCycle):
         headers = [*error.raw_headers(body), (b"connection", b"close")]
         await self.send({"type": "http.response.start", "status": 500, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
+
+
+def disconnect(cycle: RequestResponseCycle) -> None:
+    """Tell whoever answers a request that its client has left."""
+    cycle.disconnected = True
+    cycle.message_event.set()
 
 
 def refusal(error: ApiError, path: str, default_headers: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -1,8 +1,8 @@
 """EngineLoop: what the engine process does all day: take in messages, compute a step, say what came of it.
 
 Owns whose request is whose and the engine's socket; it does not know text, HTTP or how processes are started. Clients are
-API processes. A client that is gone, or whose messages are not read, has its requests aborted: the loop never waits for
-one, and what waits for one is bounded.
+API processes. A client that is gone has its requests aborted. One that does not keep up is waited for, with everything: nothing
+of an answer is lost, and what waits for a client is bounded. One that reads nothing for LAG_SECONDS counts as gone.
 
 Invariant: nothing that arrives on the socket raises here; what cannot be used is dropped and counted. A request's news goes
 to the client that sent it and to no other.
@@ -12,6 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -50,6 +51,15 @@ INTAKE_SECONDS = 0.02
 
 MAX_BACKLOG = 20_000
 """New requests that may wait here; the rest waits in the socket."""
+
+LAG_SECONDS = 5.0
+"""How long the engine waits for an API process that does not read: as long as a stream may stand still."""
+
+LAG_LOOK_MS = 1
+"""Milliseconds between two looks at whether it reads again."""
+
+LAG_WORTH_SAYING = 0.5
+"""Seconds of waiting from which on the log has a line about it."""
 
 LOOK_SECONDS = 1.0
 """How often the loop looks whether its clients are still there."""
@@ -92,6 +102,14 @@ def _leave_a_core() -> None:
         torch.set_num_threads(torch.get_num_threads() - 1)
 
 
+@dataclass(slots=True)
+class _Lag:
+    """What waits for a client that does not keep up, and since when."""
+
+    since: float
+    unsent: deque[bytes]
+
+
 class EngineLoop:
     """The loop around one engine.
 
@@ -105,6 +123,7 @@ class EngineLoop:
         self._engine, self._socket, self._vitals, self._clock = engine, socket, vitals, clock
         self._owners: dict[str, bytes] = {}
         self._open: dict[bytes, set[str]] = {}  # of clients with unfinished requests
+        self._lagging: dict[bytes, _Lag] = {}  # clients for which no more can be sent at present
         self._cut: dict[bytes, bool] = {}  # clients that were cut off, and whether they have been told
         self._looked = self._counted = clock()
         self._backlog: deque[tuple[bytes, bytes]] = deque()  # new requests that no turn had time for
@@ -122,14 +141,20 @@ class EngineLoop:
             self.turn()
 
     def turn(self) -> None:
-        """Take in what has come, or wait for it where there is nothing else to do, and compute at most one step."""
+        """Take in what has come, or wait for it where there is nothing else to do, and compute at most one step.
+
+        No step is computed while a client lags: its news would have nowhere to go.
+        """
         engine, vitals = self._engine, self._vitals
-        if not engine.has_work() and not self._backlog:
+        behind = self._catch_up()
+        if behind:
+            self._socket.poll(LAG_LOOK_MS)
+        elif not engine.has_work() and not self._backlog:
             self._publish()
             self._vitals.changed.set()  # idle: everybody hears of it now, not within a second
             self._socket.poll(int(1000 * LOOK_SECONDS) if self._cut else None)
         self._receive()
-        if engine.has_work():
+        if engine.has_work() and not behind:
             vitals.step_started = self._clock()
             out = engine.step()
             vitals.step_started = 0.0
@@ -257,21 +282,45 @@ class EngineLoop:
         return {client: part for client, part in shares.items() if _says(part)}
 
     def _deliver(self, client: bytes, data: bytes) -> None:
-        """Send without waiting; a client for which too much waits is cut off, one that is gone is forgotten."""
+        """Send without waiting; what finds no place follows later, and a client that is gone is forgotten."""
+        if (lag := self._lagging.get(client)) is not None:
+            lag.unsent.append(data)
+        elif self._offer(client, data) is False and client not in self._cut:
+            self._lagging[client] = _Lag(self._clock(), deque([data]))
+
+    def _offer(self, client: bytes, data: bytes) -> bool | None:
+        """Send if there is a place for it; whether there was, None if the client is gone."""
         try:
             self._socket.send_multipart((client, data), zmq.NOBLOCK)
         except zmq.Again:
-            if client not in self._cut:
-                _log.warning("an API process does not read what the engine says: its %d requests are aborted",
-                             len(self._open.get(client, ())))
-                self._vitals.cut_off += 1
-                self._cut[client] = False
-                self._forget(client)
+            return False
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
+            self._lagging.pop(client, None)
             self._cut.pop(client, None)
             self._forget(client)
+            return None
+        return True
+
+    def _catch_up(self) -> bool:
+        """Send what waits for clients that lag; whether some of it still waits."""
+        for client, lag in list(self._lagging.items()):
+            while lag.unsent and self._offer(client, lag.unsent[0]):
+                lag.unsent.popleft()
+            seconds = self._clock() - lag.since
+            if not lag.unsent:
+                del self._lagging[client]
+                if seconds > LAG_WORTH_SAYING:
+                    _log.warning("the engine waited %.1f s for an API process that did not keep up", seconds)
+            elif client in self._lagging and seconds > LAG_SECONDS:
+                _log.warning("an API process does not read what the engine says: its %d requests are aborted",
+                             len(self._open.get(client, ())))
+                del self._lagging[client]
+                self._vitals.cut_off += 1
+                self._cut[client] = False
+                self._forget(client)
+        return bool(self._lagging)
 
     def _forget(self, client: bytes) -> None:
         for name in self._open.pop(client, ()):
@@ -281,18 +330,11 @@ class EngineLoop:
     def _look_after(self) -> None:
         """Find clients that are gone, and tell those that were cut off as soon as they can hear it."""
         self._looked = self._clock()
-        for client in list(self._open):
+        for client in self._open.keys() - self._lagging.keys():
             self._deliver(client, ALIVE)
         for client, told in list(self._cut.items()):
-            try:
-                self._socket.send_multipart((client, ALIVE if told else _CUT_OFF), zmq.NOBLOCK)
+            if self._offer(client, ALIVE if told else _CUT_OFF):
                 self._cut[client] = True
-            except zmq.Again:
-                continue
-            except zmq.ZMQError as error:
-                if error.errno != zmq.EHOSTUNREACH:
-                    raise
-                del self._cut[client]
 
 
 def _says(out: StepOutput) -> bool:

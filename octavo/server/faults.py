@@ -6,7 +6,8 @@ message (``Supervisor._faults``, set by tests). Invariant: what a fault does not
 A list of faults is written ``name:arguments``, with semicolons between:
 ``step_raise:5`` (the fifth step raises; ``5-7`` are three), ``nan_row:5:2`` (the third sampled row of the fifth step has no
 finite logits), ``slow_step:0.05`` (seconds, every step), ``hang:3:60`` (the third step takes 60 s), ``device_lost:3`` (the
-third step finds the device's context lost), ``init_raise:1`` (the workers do not start), ``init_hang:60`` (they start 60 s late).
+third step finds the device's context lost), ``no_memory:3`` (the third step finds too little memory), ``init_raise:1`` (the
+workers do not start), ``init_hang:60`` (they start 60 s late).
 """
 
 import time
@@ -14,13 +15,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from octavo.engine.engine import Group, Pending
 from octavo.errors import ConfigError, DeviceLost
 from octavo.params import LogitsProcessor
 from octavo.plan import Constraint, GroupInfo, StepPlan, StepResult
 
-ARGUMENTS = {"step_raise": 1, "nan_row": 2, "slow_step": 1, "hang": 2, "device_lost": 1, "init_raise": 1, "init_hang": 1}
+ARGUMENTS = {"step_raise": 1, "nan_row": 2, "slow_step": 1, "hang": 2, "device_lost": 1, "no_memory": 1, "init_raise": 1,
+             "init_hang": 1}
 
 
 class Broken(RuntimeError):
@@ -98,6 +101,8 @@ class FaultyGroup:
                     raise Broken(f"step {step} fails.")
                 if name == "device_lost" and int(first) == step:
                     raise DeviceLost("the device's context is lost.")
+                if name == "no_memory" and int(first) == step:
+                    raise torch.OutOfMemoryError("the device has no memory left.")
                 if name == "nan_row" and int(first) == step and int(given[1]) < len(result.tokens):
                     result.bad = np.union1d(result.bad, [int(given[1])]).astype(np.int32)
             return result

@@ -75,7 +75,7 @@ class Start(msgspec.Struct, kw_only=True):
     Attributes:
         config: the engine's options. directory: where the sockets lie.
         epoch: how many engine processes the server has had before. max_waiting: messages that may wait for a client
-            before it is cut off. faults: of faults.py, "" outside of tests.
+            before the engine waits. faults: of faults.py, "" outside of tests.
     """
 
     config: dict[str, Any]

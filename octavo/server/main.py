@@ -137,8 +137,9 @@ def _say(line: str, stream: TextIO | None = None) -> None:
 
 def _on_signals(ask_to_end: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ask_to_end)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup: it outlives its terminal
+            loop.add_signal_handler(number, ask_to_end)
 
 
 def _run(work: Coroutine[Any, Any, int]) -> int:

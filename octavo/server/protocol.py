@@ -8,6 +8,7 @@ an application hears of a lost client at once, whether or not it writes.
 """
 
 import asyncio
+import functools
 import re
 import ssl
 import urllib.parse
@@ -21,9 +22,10 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from octavo.server.config import ServerConfig
-from octavo.server.connection import EXTENSION, Connection, Cycle, refusal
+from octavo.server.connection import EXTENSION, Connection, Cycle, disconnect, refusal
 from octavo.server.errors import ApiError
 from octavo.server.http import PROBE_PATHS, without_root
+from octavo.server.pace import Pace
 
 MAX_URL = 8 << 10
 """Bytes of a request's target."""
@@ -50,7 +52,7 @@ _NOT_HTTP = "The request is not valid HTTP/1.1."
 def uvicorn_config(app: Any, server: ServerConfig, **options: Any) -> uvicorn.Config:
     """The configuration of a uvicorn server that speaks this protocol, TLS included; ``options`` are further ones of uvicorn."""
     defaults: dict[str, Any] = {
-        "http": type("BoundProtocol", (Protocol,), {"limits": server, "lingering": set()}), "ws": "none",
+        "http": type("BoundProtocol", (Protocol,), {"limits": server, "lingering": set(), "pace": Pace()}), "ws": "none",
         "headers": [("server", "octavo")], "server_header": False, "access_log": False, "proxy_headers": False,
         "log_config": None, "timeout_keep_alive": server.keep_alive,  # its type there is whole seconds; its use is not
         "ssl_keyfile": server.ssl_keyfile, "ssl_certfile": server.ssl_certfile, "ssl_ca_certs": server.ssl_ca_certs,
@@ -77,15 +79,14 @@ class Protocol(HttpToolsProtocol):
 
     limits: ServerConfig
     lingering: set["Protocol"]
+    pace: Pace
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.unfinished: deque[Cycle] = deque()  # in the order of their answers; the first one runs
         self.phase = Phase.BETWEEN
         self.fault: ApiError | None = None
-        self.refused = False
-        self.replayed = False
-        self.reserve = False
+        self.refused = self.replayed = self.reserve = False
         self.requests = 0
         self.num_headers = self.head_bytes = self.raw_bytes = self.body_bytes = 0
         self.timer: asyncio.TimerHandle | None = None
@@ -106,13 +107,15 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         for cycle in self.unfinished:
-            _disconnect(cycle)
+            disconnect(cycle)
         self.unfinished.clear()
         self.lingering.discard(self)
         self._set_timer(None)
         if self.send_timer is not None:
             self.send_timer.cancel()
         super().connection_lost(exc)
+        self.connection.release()
+        self.cycle = None  # type: ignore[assignment]  # nothing is left to the garbage collector, which would stop the loop
 
     def shutdown(self) -> None:
         """Let the requests that have begun end, then close."""
@@ -185,16 +188,15 @@ class Protocol(HttpToolsProtocol):
             "method": self.parser.get_method().decode("ascii"), "http_version": version, "raw_path": raw_path,
             "path": urllib.parse.unquote(raw_path.decode("ascii")), "query_string": path.query or b"",
         })
-        if self.reserve and without_root(self.scope["path"], self.limits.root_path) not in PROBE_PATHS:
+        if self.reserve and not self._is_probe(self.scope):
             self._fail(ApiError(503, _FULL))
         keep_alive = version != "1.0" and self.parser.should_keep_alive() and not self.reserve
         self.phase = Phase.BODY
         self.cycle = cycle = Cycle(
             scope=self.scope, transport=cast(asyncio.Transport, self.connection), flow=self.flow, logger=self.logger,
             access_logger=self.access_logger, access_log=False, default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(), expect_100_continue=self.expect_100_continue,
-            keep_alive=keep_alive, on_response=self.on_response_complete,
-        )
+            message_event=asyncio.Event(), expect_100_continue=self.expect_100_continue, keep_alive=keep_alive,
+            on_response=self.on_response_complete)
         cycle.connection = self.connection
         self.unfinished.append(cycle)
         if len(self.unfinished) == 1:
@@ -258,6 +260,16 @@ class Protocol(HttpToolsProtocol):
 
     # Answers
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        start = functools.partial(super()._start_asgi_task, cycle, app)
+        if self._is_probe(cycle.scope):
+            start()  # however many others want to begin
+        else:
+            self.pace.begin(self.loop, start)
+
+    def _is_probe(self, scope: Any) -> bool:
+        return without_root(scope["path"], self.limits.root_path) in PROBE_PATHS
+
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
         done = self.unfinished.popleft()
@@ -299,7 +311,7 @@ class Protocol(HttpToolsProtocol):
         if self.phase is Phase.BODY:
             if self.unfinished and self.unfinished[-1] is self.cycle:
                 self.unfinished.pop()
-                _disconnect(self.cycle)
+                disconnect(self.cycle)
                 if self.cycle.response_started:  # half an answer is out already
                     self.connection.abort()
             else:
@@ -386,8 +398,3 @@ class Protocol(HttpToolsProtocol):
             self.connection.abort()
         else:
             self._watch_reader()
-
-
-def _disconnect(cycle: Cycle | RequestResponseCycle) -> None:
-    cycle.disconnected = True
-    cycle.message_event.set()

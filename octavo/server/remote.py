@@ -10,6 +10,7 @@ after which no step of it is reported.
 """
 
 import asyncio
+import math
 import os
 import time
 from collections import deque
@@ -42,8 +43,11 @@ from octavo.server.ipc import (
 MAX_UNSENT = 8192
 """Messages that wait here when the engine process takes in nothing; beyond, requests are refused."""
 
-FRAMES_PER_TURN = 16
-"""Steps that are read before the event loop gets its turn."""
+MAX_UNREAD = 64
+"""Steps that may lie in the socket here, as in the engine's (see MAX_WAITING of supervisor.py), before the engine waits."""
+
+FRAMES_PER_TURN, SECONDS_PER_TURN = 16, 0.004
+"""Steps that are read, and how long at most, before the event loop gets its turn: hundreds of streams take milliseconds each."""
 
 ENDED = "The engine has ended."
 CUT_OFF = "The engine's answers were not read in time."
@@ -83,7 +87,7 @@ class EngineClient:
         self._beat, self._lost = time.monotonic(), 0.0
         self._loop = asyncio.get_running_loop()
         self._unsent: deque[bytes] = deque()
-        self._flushing = self._used = False
+        self._flushing = self._used = self._reading = False
         self._link: zmq.Socket[bytes] | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._hearing: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
@@ -192,6 +196,7 @@ class EngineClient:
         link = self._link = self._context.socket(zmq.DEALER)
         link.set(zmq.IDENTITY, f"{self._client_id}-{os.urandom(8).hex()}".encode())
         link.set(zmq.LINGER, 0)
+        link.set(zmq.RCVHWM, MAX_UNREAD)
         link.connect(engine_address(self._directory, self.epoch))
         self._loop.add_reader(link.fileno(), self._wake, link)
 
@@ -200,6 +205,7 @@ class EngineClient:
             self._loop.remove_reader(self._link.fileno())
             self._link.close(linger=0)
             self._link = None
+        self._reading = False
         self._unsent.clear()
 
     def _end(self, message: str) -> None:
@@ -229,17 +235,24 @@ class EngineClient:
         self._wake(link)  # sending may have eaten the one signal that something has come
 
     def _wake(self, link: "zmq.Socket[bytes]") -> None:
-        """The descriptor changed, once: look at all that it may have meant."""
-        if link is not self._link:
+        """The descriptor changed, once: look at all that it may have meant, unless that is about to be done anyway."""
+        if link is not self._link or self._reading:
             return
-        if self._read(link, FRAMES_PER_TURN):
-            self._loop.call_soon(self._wake, link)
+        if self._read(link, FRAMES_PER_TURN, SECONDS_PER_TURN):
+            self._reading = True
+            self._loop.call_soon(self._read_on, link)
         elif link is self._link and self._unsent and not self._flushing and int(link.get(zmq.EVENTS)) & zmq.POLLOUT:
             self._flushing = True
             self._loop.call_soon(self._flush)
 
-    def _read(self, link: "zmq.Socket[bytes]", most: int = 1 << 30) -> bool:
-        """Take in up to ``most`` messages; whether there may be more."""
+    def _read_on(self, link: "zmq.Socket[bytes]") -> None:
+        if link is self._link:
+            self._reading = False
+            self._wake(link)
+
+    def _read(self, link: "zmq.Socket[bytes]", most: int = 1 << 30, seconds: float = math.inf) -> bool:
+        """Take in up to ``most`` messages, and after some seconds no further one; whether there may be more."""
+        until = time.monotonic() + seconds
         for _ in range(most):
             if link is not self._link or not int(link.get(zmq.EVENTS)) & zmq.POLLIN:
                 return False
@@ -262,6 +275,8 @@ class EngineClient:
                 self._call(self._on_refused, message.request_id, error_)
             else:
                 self._call(self._on_step, message.output)
+            if time.monotonic() > until:
+                break
         return True
 
     def _call(self, callback: Callable[..., None], *args: object) -> None:

@@ -6,7 +6,7 @@ ranges that SamplingParams checks are not checked again.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ SAME = ("frequency_penalty", "presence_penalty", "n", "best_of", "seed", "temper
 BEAM_DEFAULTS = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 MAX_ID_CHARS = 256
+HEAD_CHARS = 16
+"""Of a text with more characters than this for each token that fits, as many are tokenised first: too many, if it is text."""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -327,10 +329,21 @@ def check_length(text: str, keep: int | None, service: Service) -> None:
     if keep is not None or len(text) <= longest:
         return
     chars = tokenizer.chars_per_token
-    if chars is not None and len(text) > longest * chars:
-        raise RequestError(
-            f"prompt has {len(text)} characters, which make more than {longest} tokens, and no more can fit.",
-            "prompt", "context_length_exceeded")
+    too_long = chars is not None and len(text) > longest * chars
+    if not too_long and len(text) > HEAD_CHARS * longest:
+        # The rest could join the last of these tokens; that it halved their number is out of the question.
+        too_long = len(tokenizer.encode(text[: HEAD_CHARS * longest])) > 2 * longest
+    if too_long:
+        raise RequestError(f"prompt has {len(text)} characters, which make more than {longest} tokens, and no more can fit.",
+                           "prompt", "context_length_exceeded")
+
+
+def check_count(messages: Sequence[object], keep: int | None, service: Service) -> None:
+    """As ``check_length``, before the text is there: refuse more messages than tokens fit, since each is one at least."""
+    longest = _room(service)
+    if keep is None and len(messages) > longest:
+        raise RequestError(f"messages has {len(messages)} entries, which make more than {longest} tokens, and no more can fit.",
+                           "messages", "context_length_exceeded")
 
 
 def check_timeout(timeout: float | None) -> float | None:

@@ -20,7 +20,7 @@ from octavo.server.errors import clip
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-MAX_CONTAINERS = 250_000
+MAX_CONTAINERS = 100_000
 """Arrays and objects in a body: more of them take seconds to build and belong to no request that could be served."""
 MAX_COMMAS = 1_000_000
 """Commas in a body, for the same reason; those within texts count too, and a text with as many fits no model."""

@@ -8,6 +8,7 @@ process, in whatever way that ends, and ``on_dead`` is called at most once.
 """
 
 import asyncio
+import logging
 import signal
 import time
 from collections import Counter, deque
@@ -24,8 +25,8 @@ DELAYS = (1.0, 2.0, 4.0)
 """Seconds before the first, second, third restart within WINDOW; after that many the server gives up."""
 
 WINDOW = 600.0
-MAX_WAITING = 2000
-"""Messages that may wait for an API process before it is cut off: some ten seconds of steps."""
+MAX_WAITING = 64
+"""Messages that may wait for an API process before the engine waits for it: enough for what it does between two looks."""
 
 LET_GO_SECONDS = 2.0
 """How long a process may take to end by itself once it was let go."""
@@ -108,10 +109,11 @@ class Keeper:
         if self._stopping:
             return
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        _log.error("%s (process %d) has ended with %s", self._name, self.child.pid, how)
+        own_words = bool(code == EXIT_CONFIG and self._failed and not self._was_ready)  # a mistake of the user's, which it has named
+        _log.log(logging.DEBUG if own_words else logging.ERROR, "%s (process %d) has ended with %s", self._name, self.child.pid, how)
         if not self._was_ready:
             message = self._failed or f"{self._name} has ended with {how} before it was ready; the log says more."
-            self._give_up(message, EXIT_CONFIG if code == EXIT_CONFIG and self._failed else EXIT_ENGINE_DEAD)
+            self._give_up(message, EXIT_CONFIG if own_words else EXIT_ENGINE_DEAD)
             return
         now = time.monotonic()
         while self._restarts and now - self._restarts[0] > WINDOW:
@@ -221,5 +223,5 @@ class Supervisor:
     def _give_up(self, message: str, code: int) -> None:
         if self.dead is None:
             self.dead = message
-            _log.critical("giving up: %s", message)
+            _log.log(logging.DEBUG if code == EXIT_CONFIG else logging.CRITICAL, "giving up: %s", message)
             self._on_dead(message, code)

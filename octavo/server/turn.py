@@ -19,6 +19,7 @@ from octavo.server.prompting import Conversation, choose_template, echo_text, re
 from octavo.server.sampling_fields import (
     Prompts,
     SamplingFields,
+    check_count,
     check_fields,
     check_length,
     check_timeout,
@@ -82,6 +83,7 @@ class Turn:
                  max_tokens: int | None, logprobs: int | None = None) -> None:
         server, self.tokenizer = service.server, need_tokenizer(service)
         check_fields(fields)
+        check_count(conversation.messages, fields.truncate_prompt_tokens, service)
         rules = _Rules(service, self.tokenizer, conversation)
         text, ids = rules.prompt(
             bool(fields.add_special_tokens), lambda text: check_length(text, fields.truncate_prompt_tokens, service))

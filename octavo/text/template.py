@@ -371,7 +371,7 @@ def run(template: Template, variables: Mapping[str, Any], input_chars: int) -> s
     parts: list[str] = []
     token = current_budget.set(Budget(limit))
     try:
-        for part in template.generate(**variables):
+        for part in template.generate(variables):
             parts.append(part)
             size += len(part)
             if size > limit:

@@ -13,7 +13,7 @@ import zmq
 from border import Front, LoopThread, request, until
 from fakes import Bench
 
-from octavo.server import ipc
+from octavo.server import engine_loop, ipc
 from octavo.server.engine_loop import EngineLoop
 from octavo.server.heart import Vitals
 
@@ -203,8 +203,46 @@ def test_a_client_that_goes_away_leaves_nothing(tmp_path: Path) -> None:
     assert bench.engine.stats.requests == 6
 
 
-def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
-    """A raw client stops reading with thousands of large frames under way; the others do not notice, and it gets to know."""
+def test_a_client_that_lags_loses_nothing(tmp_path: Path) -> None:
+    """The engine stands still while a client does not read, however many steps there are to come, and then goes on."""
+    bench = Bench(rows=64, blocks=4096, max_model_len=8192, check=False)
+
+    async def scenario(thread: LoopThread, front: Front) -> None:
+        slow = raw(thread, receive=1)
+        names = [f"{'slow' * 300}{i}" for i in range(8)]
+        slow.send_multipart([ipc.encode_request(ipc.Add(request(name, max_tokens=2000))) for name in names])
+        front.client.add(request("good", max_tokens=3000))
+        await until(lambda: thread.loop._lagging)
+        front.client.add(request("refused", [3] * 9000))  # is heard all the same
+        await until(lambda: "refused" in front.refused)
+        computed = bench.engine.stats.generated_tokens
+        await asyncio.sleep(0.05)
+        assert bench.engine.stats.generated_tokens == computed < 9 * 1000
+        (lag,) = thread.loop._lagging.values()
+        assert len(lag.unsent) == 1  # what waits is bounded: no step is computed
+        counts, finished = dict.fromkeys(names, 0), 0
+        while finished < len(names):
+            assert await asyncio.to_thread(slow.poll, 10_000)
+            if not (data := slow.recv()):
+                continue
+            message = ipc.decode_output(data)
+            assert isinstance(message, ipc.Stepped)
+            for name, _ in message.output.streamed:
+                counts[name] += 1
+            for end in message.output.ended:
+                counts[end.request_id] += len(end.token_ids)
+            finished += len(message.output.finished)
+        assert set(counts.values()) == {2000} and thread.vitals.cut_off == 0
+        await until(lambda: "good" in front.finished)
+        assert len(front.tokens["good"]) == 3000 and not front.lost
+        slow.close()
+
+    play(scenario, tmp_path, 0, bench=bench, max_waiting=4)
+
+
+def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A raw client stops reading with thousands of large frames under way; the others wait a while, and it gets to know."""
+    monkeypatch.setattr(engine_loop, "LAG_SECONDS", 0.3)
     bench = Bench(rows=64, blocks=4096, max_model_len=8192, check=False)
 
     async def scenario(thread: LoopThread, front: Front) -> None:

@@ -1,5 +1,6 @@
 """HTTP/1.1 over raw sockets: what is answered, in which shape, and in which state the connection is afterwards."""
 
+import gc
 import logging
 import os
 import socket
@@ -7,12 +8,13 @@ import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from wire import Client, Running, logged, serving, until
 
 from octavo.server.config import ServerConfig
-from octavo.server.protocol import uvicorn_config
+from octavo.server.protocol import Protocol, uvicorn_config
 
 BODY = 1 << 20
 GET = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -581,3 +583,41 @@ def test_tls_comes_from_the_options_and_authorities_make_certificates_needed(tmp
     del files["ssl_ca_certs"]
     assert uvicorn_config(None, ServerConfig(**files)).ssl_cert_reqs == ssl.CERT_NONE
     assert not uvicorn_config(None, ServerConfig()).is_ssl
+
+
+def test_probes_do_not_stand_in_line(calm: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more requests about to begin than ever get their turn, a probe is answered, and nothing else is."""
+    line: list[Any] = []
+    monkeypatch.setattr("octavo.server.pace.Pace.begin", lambda self, loop, start: line.append((loop, start)))
+    with calm.connect() as waiting:
+        waiting.send(post(b"{}"))
+        until(lambda: line)
+        assert calm.ask(GET).status == 200
+        loop, start = line.pop()
+        loop.call_soon_threadsafe(start)
+        assert waiting.answer().status == 200
+
+
+def test_a_connection_leaves_nothing_to_the_garbage_collector() -> None:
+    """Which would stop the event loop for a quarter of a second after some ten thousand of them."""
+    def alive() -> int:
+        return sum(issubclass(type(one), Protocol) for one in gc.get_objects())
+
+    with serving() as running:
+        gc.collect()
+        gc.disable()
+        try:
+            before = alive()
+            for raw in (GET, post(b"{}"), post(b"{", path=b"/raise/bug"), GET[:20], b"\x16\x03", GET * 3, CHUNKED + b"5\r\n"):
+                for _ in range(5):
+                    with running.connect() as client:
+                        client.send(raw)
+                        if raw.startswith((b"GET /health", b"POST")) and raw.endswith(b"}"):
+                            client.answer()
+            with running.connect() as client:
+                client.send(post(b"{}", path=b"/wait"))
+                until(lambda: running.app.waiting)
+            until(lambda: not running.connections and running.app.left and not running.lingering)
+            until(lambda: alive() <= before)
+        finally:
+            gc.enable()

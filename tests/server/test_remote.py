@@ -9,6 +9,7 @@ from border import Front, LoopThread, request, until
 from fakes import Bench
 
 from octavo.errors import EngineDown, RequestError
+from octavo.messages import StepOutput
 from octavo.server import ipc, remote
 from octavo.server.heart import Heart, Vitals
 
@@ -227,4 +228,35 @@ def test_the_age_of_a_step_grows_between_heartbeats(tmp_path: Path) -> None:
             engine.vitals.step_started = 0.0
             engine.vitals.changed.set()
             await until(lambda: front.client.step_age() == 0.0)
+    asyncio.run(main())
+
+
+def test_a_turn_of_the_event_loop_reads_for_a_bounded_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps have come and however often it is woken, the loop gets to everything else between some of them."""
+    monkeypatch.setattr(remote, "SECONDS_PER_TURN", 0.0)
+
+    async def main() -> None:
+        turns, heard = 0, list[int]()
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        with Front(tmp_path) as front, Engine(tmp_path) as engine:
+            engine.vitals.enter("ready")
+            await front.ready()
+            front.client.add(request("a"))
+            client, _ = await engine.receive()
+            front.client._on_step = lambda out: heard.append(turns)
+            for _ in range(60):
+                engine.socket.send_multipart([client, ipc.encode_output(ipc.Stepped(StepOutput(finished=["a"])))])
+            assert front.client._link.poll(5000)  # they are there before the first is read; the signal of it is eaten
+            front.client._wake(front.client._link)
+            counting = asyncio.create_task(count())
+            await until(lambda: len(heard) == 60)
+            counting.cancel()
+            assert max(map(heard.count, heard)) <= 2 and turns >= 30
+
     asyncio.run(main())

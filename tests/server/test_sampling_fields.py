@@ -91,9 +91,13 @@ ASKS = [
     ("/v1/messages", {"model": "some/model", "max_tokens": 5, "messages": [{"role": "user", "content": LONG}]})]
 
 
+@pytest.mark.parametrize("some_tokens_are_long", [False, True])
 @pytest.mark.parametrize(("path", "body"), ASKS)
 def test_what_cannot_fit_is_refused_before_it_is_tokenised(
-        path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        path: str, body: dict[str, Any], some_tokens_are_long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a token may stand for so many characters that a length says nothing, the beginning is tokenised."""
+    if some_tokens_are_long:
+        monkeypatch.setattr(Tokenizer, "chars_per_token", property(lambda self: 100_000))
     seen: list[int] = []
     for name in ("encode", "encode_batch"):
         whole = getattr(Tokenizer, name)
@@ -106,7 +110,25 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenised(
     reply = ask(texts("x"), path, body, max_model_len=64)
     assert reply.status == 400 and "characters" in reply.json["error"]["message"], reply.body
     assert reply.json["error"].get("code", "context_length_exceeded") == "context_length_exceeded"
-    assert max(seen, default=0) < 1000
+    assert max(seen, default=0) <= (16 * 64 if some_tokens_are_long else 999)
+    assert reply.json["error"].get("param") in {"/v1/chat/completions": ["messages"], "/v1/responses": ["input"],
+                                                "/v1/messages": [None]}.get(path, ["prompt"])
+
+
+def test_a_long_text_of_few_tokens_is_tokenised_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, *args, **more: [5] * max(1, len(text) // 40))
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts, *args, **more: [self.encode(text) for text in texts])
+    monkeypatch.setattr(Tokenizer, "chars_per_token", property(lambda self: 100_000))
+    assert ask(texts("x"), "/v1/completions", {"prompt": "a" * 2000, "max_tokens": 2}, max_model_len=64).status == 200
+
+
+def test_more_messages_than_tokens_fit_are_refused_before_the_template_sees_them() -> None:
+    said = [{"role": "user", "content": "a"}]
+    for path, param in (("/v1/chat/completions", "messages"), ("/v1/responses", "input")):
+        error = ask(texts("x"), path, {param: said * 65}, max_model_len=64).json["error"]
+        assert error["code"] == "context_length_exceeded" and error["param"] == param and "65 entries" in error["message"], error
+    body = {"messages": said * 65, "truncate_prompt_tokens": 8, "max_tokens": 2}
+    assert ask(texts("x"), "/v1/chat/completions", body, max_model_len=64).status == 200
 
 
 @pytest.mark.parametrize(("path", "body"), [

@@ -16,6 +16,9 @@ from tinymodel import VOCAB
 from web import KEY, OTHER_KEY, Reply, call
 
 CASES = [json.loads(line) for line in Path(__file__).with_name("cases.jsonl").read_text().splitlines()]
+HEAVY = {"B26", "A10", "B27", "D05", "D46", "D44", "T09", "T10", "D43"}
+"""Cases that bring megabytes, or as much work."""
+LIGHT = [case for case in CASES if case["id"] not in HEAVY]
 MARKS = {"@V": VOCAB, "@M": MAX_MODEL_LEN}
 TYPES = {401: "authentication_error", 500: "server_error", 503: "overloaded_error", 504: "timeout_error"}
 ANTHROPIC = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}

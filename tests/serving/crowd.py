@@ -1,12 +1,19 @@
 """Many clients at once: what tests of faults and of load have in common."""
 
 import asyncio
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from served import Served
 from web import Reply, call, completion
+
+PROBER = Path(__file__).with_name("prober.py")
+T = TypeVar("T")
 
 
 async def until(condition: Callable[[], Any], seconds: float, what: str = "this") -> None:
@@ -63,3 +70,17 @@ async def alone(served: Served, bodies: Sequence[dict[str, Any]]) -> list[list[l
 async def status(served: Served, path: str) -> int:
     """Of a probe."""
     return (await call(served.port, path, method="GET", key=None, patience=5.0)).status
+
+
+async def probed(served: Served, work: Awaitable[T], pause: float = 0.01) -> tuple[T, list[float]]:
+    """What some work gives, and in order of length how many seconds /livez took meanwhile; see prober.py."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(PROBER), str(served.port), str(pause), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    await process.stdout.readline()
+    try:
+        result = await work
+    finally:
+        said, _ = await process.communicate(b"")  # ends its input
+    assert process.returncode == 0
+    return result, sorted(json.loads(said))

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from badness import CASES, check, send
-from crowd import alone, until
+from crowd import alone, probed, until
+from proxy import Proxy
 from served import ROWS, Served, memory
 from web import Reply, call, completion, encode, leave
 
@@ -229,7 +230,7 @@ async def closed_loop(served: Served, seconds: float, clients: int, seed: int = 
     """L01: clients that ask again and again, half of them with a common beginning, half of them streaming."""
     rng, end = random.Random(seed), time.monotonic() + seconds
     stem = "Once upon a time there was a server that answered every question it was asked. " * 3
-    done, gaps, lags = 0, [0.0], [0.0]
+    done, gaps = 0, [0.0]
 
     async def client(number: int) -> None:
         nonlocal done
@@ -241,16 +242,67 @@ async def closed_loop(served: Served, seconds: float, clients: int, seed: int = 
             gaps.extend(later - now for now, later in zip(reply.times, reply.times[1:], strict=False))
             done += 1
 
-    async def probe() -> None:
-        while True:
-            reply = await call(served.port, "/livez", method="GET", key=None)
-            assert reply.status == 200
-            lags.append(reply.seconds)
-            await asyncio.sleep(0.05)
-
-    probing = asyncio.create_task(probe())
-    await asyncio.gather(*map(client, range(clients)))
-    probing.cancel()
+    _, lags = await probed(served, asyncio.gather(*map(client, range(clients))))
     assert max(gaps) < 5.0, max(gaps)
     return {"requests per s": done / seconds, "requests": done, "worst gap ms": 1e3 * max(gaps),
             "livez p99 ms": 1e3 * percentile(lags, 0.99)}
+
+
+def said(reply: Reply) -> list[tuple[list[int], list[float]]]:
+    """Ids and logprobs of each choice of a completion, streamed or not, that asked for both."""
+    assert reply.ended_well, reply
+    found: dict[int, list[float]] = {}
+    for part in (reply.events[:-1] if reply.body.startswith(b"data: ") else [reply.json]):
+        for choice in part["choices"]:
+            found.setdefault(choice["index"], []).extend((choice["logprobs"] or {"token_logprobs": []})["token_logprobs"])
+    return list(zip(reply.token_ids, [found[index] for index in sorted(found)], strict=True))
+
+
+def mixed(count: int) -> list[Body]:
+    """Requests of all lengths up to 300 tokens, half of them with a common beginning, some of them sampled."""
+    return [completion([*(3 + (7 * n) % 300 for n in range((number * 37) % 290 if number % 2 else 0)), 5 + number],
+                       max_tokens=24, logprobs=2, temperature=float(number % 3 == 0), seed=number) for number in range(count)]
+
+
+async def same_bits(served: Served, bodies: list[Body], expected: list[Any] | None = None) -> list[Any]:
+    """L15: alone, eight at a time, all together, cold, warm, streamed: the same ids and the same logprobs."""
+    def cold(number: int) -> list[Body]:
+        return [body | {"cache_salt": f"{number}.{served.port}"} for body in bodies]
+
+    alone_ = [said(await call(served.port, body=body)) for body in cold(0)]
+    assert expected is None or alone_ == expected
+    for at_once, ways in ((8, cold(1)), (8, cold(1)), (len(bodies), cold(2)), (len(bodies), bodies)):
+        for streams in (False, True):
+            gate = asyncio.Semaphore(at_once)
+
+            async def one(body: Body, gate: asyncio.Semaphore = gate, streams: bool = streams) -> list[Any]:
+                async with gate:
+                    return said(await call(served.port, body=body | {"stream": streams}))
+
+            assert await asyncio.gather(*map(one, ways)) == alone_, (at_once, streams)
+    return alone_
+
+
+async def rolling(proxy: Proxy, replicas: list[Served], start: Callable[[], Served], clients: int) -> Figures:
+    """L13: each replica is asked to end and followed by a new one while clients go on asking; no call may fail."""
+    bodies = [completion(f"Rolling {number}", max_tokens=100, stream=number % 2 == 0) for number in range(clients)]
+    expected, done, over = await alone(replicas[0], bodies), 0, False
+
+    async def client(number: int) -> None:
+        nonlocal done
+        while not over:
+            reply = await call(proxy.port, body=bodies[number])
+            assert reply.ended_well and reply.token_ids == expected[number], reply
+            done += 1
+
+    proxy.ports = [served.port for served in replicas]
+    asking = asyncio.gather(*map(client, range(clients)))
+    for number, served in enumerate(replicas):
+        before = done
+        await until(lambda before=before: asking.done() or done > before + 2 * clients, 30.0, "answers")
+        assert await asyncio.to_thread(served.end) == 0
+        replicas[number] = await asyncio.to_thread(start)
+        proxy.ports[number] = replicas[number].port
+    over = True
+    await asking
+    return {"calls": done, "turned away and taken elsewhere": proxy.elsewhere}

@@ -62,14 +62,14 @@ class Served:
     Args:
         model: folder. options: of ``octavo serve``, beside those that keep it small. faults: see launch.py. blocks: of its
             pool. base: where its private folder is made, default a new one. log: descriptor that takes what it says about
-            itself; with verbose all of that.
+            itself; with verbose all of that. environment: variables beside this process's.
 
     Attributes:
         port: where it listens. pid: of the first API process.
     """
 
     def __init__(self, model: Path, *options: str, faults: str = "", blocks: int = BLOCKS, base: Path | None = None,
-                 log: int | None = None, verbose: bool = False) -> None:
+                 log: int | None = None, verbose: bool = False, environment: dict[str, str] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="octavo-serving-"))
         self.log_path, self._out = self.folder / "log", self.folder / "out"
         self._seen = 0
@@ -77,13 +77,13 @@ class Served:
                      "--num-gpu-blocks-override", str(blocks), "--max-num-seqs", str(ROWS), "--max-num-batched-tokens", "256",
                      "--swap-space", "0", "--batch-invariant", "--served-model-name", "tiny", *options]
         # One thread: the model is too small for two, and two wait for each other where other programs compute as well.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_RUNTIME_DIR": str(base or self.folder)}
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_RUNTIME_DIR": str(base or self.folder), **(environment or {})}
         if verbose:
-            environment["OCTAVO_LOGGING_LEVEL"] = "DEBUG"
+            variables["OCTAVO_LOGGING_LEVEL"] = "DEBUG"
         with open(self._out, "wb") as out, open(self.log_path, "wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, str(LAUNCHER), faults, str(self.folder / "look"), *arguments], stdin=subprocess.DEVNULL,
-                stdout=out, stderr=file if log is None else log, env=environment, cwd=ROOT, start_new_session=True)
+                stdout=out, stderr=file if log is None else log, env=variables, cwd=ROOT, start_new_session=True)
         self.pid = self.process.pid
         try:
             found = wait_for(lambda: re.search(r"listens on http://[^:]+:(\d+)", self._out.read_text()) or self._ended(),
@@ -180,6 +180,10 @@ class Served:
         wait_for(lambda: self.look()["connections"] == 0, 10.0, "the end of all connections")
         now = [descriptors(pid) for pid in (self.pid, self.engine_pid)]
         assert all(new <= old + DESCRIPTORS for new, old in zip(now, self._descriptors, strict=True)), (self._descriptors, now)
+
+    def siblings(self) -> list[int]:
+        """Process ids of the other API processes."""
+        return [pid for pid in self.children() if b"octavo.server.main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def children(self) -> list[int]:
         """Process ids of what the first process has started."""

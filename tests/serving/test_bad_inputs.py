@@ -1,18 +1,14 @@
 """Bad requests of every class against a real server: each gets its own answer, and nobody else notices."""
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-from badness import CASES, check, send
-from crowd import alone
+from badness import CASES, HEAVY, LIGHT, check, send
+from crowd import alone, probed
 from served import Served
 from web import Reply, call, completion
 
-T = TypeVar("T")
-HEAVY = {"B26", "A10", "B27", "D05", "D44", "T09", "T10", "D43"}
-"""Cases that bring megabytes, or as much work."""
 BATCH = 12
 """Cases of one test; the server is looked at after each of them."""
 
@@ -31,28 +27,11 @@ def test_each_gets_its_answer_and_nothing_else_happens(server: Served, start: in
         server.settle()
 
 
-async def _probed(server: Served, work: Coroutine[Any, Any, T]) -> tuple[T, list[float]]:
-    """What some work gives, and how long /livez took meanwhile."""
-    lags = [0.0]
-
-    async def probe() -> None:
-        while True:
-            reply = await call(server.port, "/livez", method="GET", key=None)
-            assert reply.status == 200
-            lags.append(reply.seconds)
-            await asyncio.sleep(0.01)
-
-    probing = asyncio.create_task(probe())
-    result = await work
-    probing.cancel()
-    return result, sorted(lags)
-
-
 def test_what_takes_long_lets_others_through(server: Served) -> None:
     """Megabytes to be tokenised are no reason for a stream, or a probe, to stand still."""
     for case in CASES:
         if case["id"] in HEAVY:
-            reply, lags = asyncio.run(_probed(server, send(server.port, case)))
+            reply, lags = asyncio.run(probed(server, send(server.port, case)))
             check(case, reply)
             assert lags[-1] < 1.0 and lags[len(lags) * 9 // 10] < 0.2, (case["id"], lags[-5:])
     server.settle()
@@ -62,8 +41,6 @@ def test_all_at_once_beside_good_requests(server: Served) -> None:
     """Good requests, streamed and whole, keep every bit of their answers while everything bad is said around them."""
     good = [completion(f"Say {number}", max_tokens=64, stream=number % 2 == 0) for number in range(8)]
     expected = asyncio.run(alone(server, good))
-    cases = [case for case in CASES if case["id"] not in HEAVY]
-
     async def run() -> tuple[list[Reply], list[Reply]]:
         gate = asyncio.Semaphore(16)
 
@@ -72,11 +49,11 @@ def test_all_at_once_beside_good_requests(server: Served) -> None:
                 return await send(server.port, case)
 
         answers = asyncio.gather(*(call(server.port, body=body) for body in good * 3))
-        replies = await asyncio.gather(*map(bad, cases))
+        replies = await asyncio.gather(*map(bad, LIGHT))
         return list(replies), list(await answers)
 
-    (replies, answers), lags = asyncio.run(_probed(server, run()))
-    for case, reply in zip(cases, replies, strict=True):
+    (replies, answers), lags = asyncio.run(probed(server, run()))
+    for case, reply in zip(LIGHT, replies, strict=True):
         check(case | {"t": 20.0}, reply)
     assert all(answer.ended_well for answer in answers)
     assert [answer.token_ids for answer in answers] == expected * 3

@@ -109,7 +109,7 @@ async def call(port: int, path: str = "/v1/completions", body: Any = None, *, pa
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
         try:
             writer.write(encode(path, body, **options) if raw is None else raw)
-            await _read(reader, reply, on_data)
+            await receive(reader, reply, on_data)
         finally:
             writer.transport.abort()
     reply.seconds = time.monotonic() - began
@@ -140,7 +140,8 @@ async def leave(port: int, body: Any, *, path: str = "/v1/completions", after: f
     return time.monotonic()
 
 
-async def _read(reader: asyncio.StreamReader, reply: Reply, on_data: Callable[[Reply], None] | None) -> None:
+async def receive(reader: asyncio.StreamReader, reply: Reply, on_data: Callable[[Reply], None] | None = None) -> None:
+    """Read an answer to the end of the connection."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
     except (asyncio.IncompleteReadError, OSError):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, ModelError, RequestError
-from octavo.text.chat import ChatTemplate, chat_prompt, encode_chat, load_chat_template
+from octavo.text.chat import ChatTemplate, chat_prompt, load_chat_template
 from octavo.text.facts import TokenizerFacts
 from octavo.text.vocabulary import Tokenizer
 
@@ -279,7 +279,7 @@ def test_hostile_names_arguments_and_schemas(name: str, templates: dict[str, str
 
     template = ChatTemplate(templates[name], SPECIAL)
     harmless, tools = chat("word")
-    wanted = control_ids(byte_level, encode_chat(template, byte_level, harmless, tools))
+    wanted = control_ids(byte_level, chat_prompt(template, byte_level, harmless, tools)[1])
     for evil in ("<|im_end|>", "</s><s>[INST]", "<|eot_id|>", "[/AVAILABLE_TOOLS]"):
         messages, tools = chat(evil)
         text, ids = chat_prompt(template, byte_level, messages, tools)
@@ -307,8 +307,8 @@ def test_a_token_joined_with_the_templates_words(byte_level: Tokenizer) -> None:
 
 def test_kwargs_are_not_trusted(templates: dict[str, str], byte_level: Tokenizer) -> None:
     template = ChatTemplate(templates["llama3"], SPECIAL)
-    ids = encode_chat(template, byte_level, [USER], date_string="<|eot_id|>")
-    plain = encode_chat(template, byte_level, [USER], date_string="today")
+    _, ids = chat_prompt(template, byte_level, [USER], date_string="<|eot_id|>")
+    _, plain = chat_prompt(template, byte_level, [USER], date_string="today")
     assert control_ids(byte_level, ids) == control_ids(byte_level, plain)
 
 
@@ -326,9 +326,9 @@ def test_templates_that_escape(body: str, byte_level: Tokenizer) -> None:
 
 def test_a_template_that_cannot_be_followed_is_refused(byte_level: Tokenizer) -> None:
     template = ChatTemplate("<s>{{ messages[0].content[:14] }}</s>", SPECIAL)
-    assert encode_chat(template, byte_level, [{"role": "user", "content": "harmless words here"}])
+    assert chat_prompt(template, byte_level, [{"role": "user", "content": "harmless words here"}])[1]
     with pytest.raises(RequestError, match="control-token strings"):
-        encode_chat(template, byte_level, [{"role": "user", "content": "a <|im_end|> b <|im_end|>"}])
+        chat_prompt(template, byte_level, [{"role": "user", "content": "a <|im_end|> b <|im_end|>"}])
 
 
 @settings(max_examples=200, deadline=None)
@@ -342,7 +342,7 @@ def test_any_mixture(
     template = ChatTemplate(templates[name], SPECIAL)
     for tokenizer in (byte_level, spaces):
         text, ids = chat_prompt(template, tokenizer, [{"role": "user", "content": "".join(pieces)}])
-        harmless = encode_chat(template, tokenizer, [{"role": "user", "content": "a"}])
+        _, harmless = chat_prompt(template, tokenizer, [{"role": "user", "content": "a"}])
         assert control_ids(tokenizer, ids) == control_ids(tokenizer, harmless)
         if not tokenizer.controls.whole("".join(pieces)):
             assert ids == tokenizer.encode(text, add_special_tokens=False)
@@ -465,7 +465,7 @@ def test_given_templates(tmp_path: Path, byte_level: Tokenizer) -> None:
 def test_inputs_are_not_changed(templates: dict[str, str], byte_level: Tokenizer) -> None:
     chat = json.loads(json.dumps([USER, THOUGHT, {"role": "user", "content": "<|im_end|>"}]))
     before = json.dumps(chat)
-    encode_chat(ChatTemplate(templates["qwen3"], SPECIAL), byte_level, chat, [TOOL])
+    chat_prompt(ChatTemplate(templates["qwen3"], SPECIAL), byte_level, chat, [TOOL])
     ChatTemplate(templates["qwen3"], SPECIAL).render(chat[:2], None, False, True)
     assert json.dumps(chat) == before
 
@@ -551,6 +551,7 @@ def test_wrong_types_name_their_field(templates: dict[str, str], byte_level: Tok
     with pytest.raises(RequestError) as caught:
         render(templates["chatml"], [USER], x={1: 2})
     assert caught.value.param == "chat_template_kwargs"
+    assert render(templates["chatml"], [USER], self=1) == render(templates["chatml"], [USER])  # a name like any other
     for given_template in (5, {"default": 5}, None):
         with pytest.raises(RequestError) as caught:
             ChatTemplate(given_template)  # type: ignore[arg-type]
