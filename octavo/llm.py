@@ -130,13 +130,14 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Compute one step; the requests that changed, as snapshots, or finished for good.
 
-        Ctrl-C waits for the end of the step, so that the engine can be used afterwards; a second one does not.
+        Ctrl-C waits for the end of the step, so that the engine can be used afterwards; a second one does not. What such a
+        step has found is what the next one returns.
         """
-        kept, self._kept = self._kept, []
-        if kept and not self.has_unfinished_requests():
-            return kept
-        with _interrupt_afterwards():
-            return kept + self._step()
+        if len(self.collector) or not self._kept:
+            with _interrupt_afterwards():
+                self._kept += self._step()
+        outputs, self._kept = self._kept, []
+        return outputs
 
     def keep(self, output: RequestOutput) -> None:
         """Hand an output back that belongs to somebody else: the next ``step`` returns it."""
@@ -144,8 +145,8 @@ class LLMEngine:
 
     def _step(self) -> list[RequestOutput]:
         update = self.collector.update(self.engine.step())
-        for request_id in update.aborts:
-            self.engine.abort(request_id)
+        for request_id in update.aborts:  # its end has been said: the id may be another request's before the next step
+            self.engine.abort(request_id, report=False)
         for request_id, index in update.aborted_sequences:
             self.engine.abort(request_id, index)
         return update.outputs
@@ -158,6 +159,7 @@ class LLMEngine:
         for name in names:
             self.engine.abort(name, report=False)
             self.collector.abort(name)
+        self._kept = [output for output in self._kept if output.request_id not in names]
 
     def has_unfinished_requests(self) -> bool:
         """True while a request waits or runs."""
@@ -272,10 +274,10 @@ class LLM:
         engine, added = self.llm_engine, list[str]()
         try:
             for name, prompt, given, rank in zip(names, batch, params, priority, strict=True):
-                with _naming(len(added), len(batch)):
+                with _naming(len(added), len(batch)), _interrupt_afterwards():
                     engine.add_request(name, prompt, given, priority=0 if rank is None else rank, stream=False,
                                        default_max_tokens=max_tokens)
-                added.append(name)
+                    added.append(name)
             return self._collect(names, use_tqdm)
         except BaseException:  # a refused prompt, Ctrl-C: nobody will ask for the others
             engine.abort_request(added)
@@ -285,18 +287,20 @@ class LLM:
         done: dict[str, RequestOutput] = {}
         ours, others = set(names), list[RequestOutput]()  # requests that somebody added to the engine by hand go on too
         bar = _progress(len(names)) if use_tqdm else None
-        while len(done) < len(names):
-            for output in self.llm_engine.step():
-                if output.request_id not in ours:
-                    others.append(output)
-                elif output.finished:
-                    done[output.request_id] = output
-                    if bar is not None:
-                        bar.update(1)
-        if bar is not None:
-            bar.close()
-        for output in others:
-            self.llm_engine.keep(output)
+        try:
+            while len(done) < len(names):
+                for output in self.llm_engine.step():
+                    if output.request_id not in ours:
+                        others.append(output)
+                    elif output.finished:
+                        done[output.request_id] = output
+                        if bar is not None:
+                            bar.update(1)
+        finally:
+            if bar is not None:
+                bar.close()
+            for output in others:
+                self.llm_engine.keep(output)
         return [done[name] for name in names]
 
 

@@ -106,7 +106,8 @@ class Assembly:
             scored=draft.scored)
         new: list[NewRow] = []
         if state.fresh:
-            new = [self._new_row(sequence, record, starts) for sequence in state.fresh]
+            begun = dict(zip(draft.rows, draft.starts, strict=True))
+            new = [self._new_row(sequence, record, starts, begun.get(sequence.row)) for sequence in state.fresh]
             state.fresh = []
         swap_out, forced_rows, forced_tokens = NO_PAIRS, NO_INTS, NO_INTS
         if state.swap_out or draft.swap_in or state.tier.saves.host:
@@ -132,7 +133,7 @@ class Assembly:
         self._step += 1
         return plan, record
 
-    def _new_row(self, sequence: Sequence, record: StepRecord, starts: Int32) -> NewRow:
+    def _new_row(self, sequence: Sequence, record: StepRecord, starts: Int32, start: int | None) -> NewRow:
         table, row, request = self._state.table, sequence.row, sequence.request
         sequence.announced = True
         generation = int(table.generation[row])
@@ -140,8 +141,9 @@ class Assembly:
             sequence.matcher = request.matcher.copy()
         if request.params.logits_processors or sequence.matcher is not None:
             record.processors.append((row, generation, tuple(request.params.logits_processors), sequence.matcher))
-        at = np.flatnonzero(record.rows == row)
-        start = int(starts[at[0]]) if at.size else int(table.computed[row])
+        if start is None:  # a fork, which computes nothing yet, or as a beam its last token
+            at = np.flatnonzero(record.rows == row)
+            start = int(starts[at[0]]) if at.size else int(table.computed[row])
         return NewRow(row, generation, table.known_tokens(row), request.num_prompt, start, table.table(row),
                       request.sampling(sequence.index))
 

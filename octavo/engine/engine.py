@@ -98,6 +98,7 @@ class Engine:
         self._in_flight: tuple[StepRecord, Pending] | None = None
         self._seeds = random.Random(seed)
         self._grammars = Grammars(None) if grammars is None else grammars
+        self._early_aborts: dict[str, set[int]] = {}  # of continuations whose grammar is being compiled
         self._num_requests = self._failed = 0
         self._dead: str | None = None
         self._stats_log = None if config.disable_log_stats else StatsLog(_log, clock())
@@ -137,13 +138,19 @@ class Engine:
         self._num_requests += 1
 
     def abort(self, request_id: str, index: int | None = None, *, report: bool = True) -> bool:
-        """End a request, or one continuation of it, now. False: there is no such thing.
+        """End a request, or one continuation of it, now. False: there is no such thing, or the engine has ended.
 
         Args:
             report: the next StepOutput says so; False forgets the request at once, so that its id may be used again.
         """
+        if self._dead is not None:  # perhaps in the middle of a step: what the state says is not to be trusted
+            return False
+        if index is not None and request_id in self._grammars:  # the others will need the grammar
+            self._early_aborts.setdefault(request_id, set()).add(index)
+            return True
         compiling = self._grammars.take(request_id)
         if compiling is not None:
+            self._early_aborts.pop(request_id, None)
             self._queue(compiling)
         request = self._state.requests.get(request_id)
         if request is None:
@@ -210,6 +217,8 @@ class Engine:
             self._queue(request)
             if request.matcher is not None and request.matcher.error:
                 self._state.end_request(request, "error", f"{BAD_GRAMMAR} {request.matcher.error:.200}.")
+            for index in self._early_aborts.pop(request.id, ()):
+                self.abort(request.id, index)
 
     def _submit(self) -> tuple[StepRecord, Pending] | None:
         scheduler, state = self._scheduler, self._state

@@ -46,7 +46,7 @@ def apply_result(state: EngineState, record: StepRecord, result: StepResult) -> 
     if record.saved is not None:
         state.tier.confirm(record.saved)
     if state.cache.enabled:
-        full = np.flatnonzero(ends >= table.next_publish.take(rows))
+        full = (ends >= table.next_publish.take(rows)).nonzero()[0]
         if full.size:
             _publish(state, rows[full], ends[full])
     marks = _logprobs(state, record, result.logprobs, departed) if result.logprobs else {}
@@ -136,10 +136,10 @@ def _append_tokens(
             assert owner is not None
             done[i] |= int(tokens[i]) in owner.request.stop_set
     out.num_generated_tokens += len(rows)
-    streaming = np.flatnonzero(table.streams.take(rows))
+    streaming = table.streams.take(rows).nonzero()[0]
     if streaming.size:
         _stream(state, rows[streaming], tokens[streaming], marks)
-    ended = np.flatnonzero(done)
+    ended = done.nonzero()[0]
     if ended.size:
         for row, token in zip(rows[ended].tolist(), tokens[ended].tolist(), strict=True):
             sequence = state.sequences[row]

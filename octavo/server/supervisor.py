@@ -109,11 +109,12 @@ class Keeper:
         if self._stopping:
             return
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        own_words = bool(code == EXIT_CONFIG and self._failed and not self._was_ready)  # a mistake of the user's, which it has named
-        _log.log(logging.DEBUG if own_words else logging.ERROR, "%s (process %d) has ended with %s", self._name, self.child.pid, how)
+        is_told = bool(code == EXIT_CONFIG and self._failed and not self._was_ready)  # a mistake of the user's
+        level = logging.DEBUG if is_told else logging.ERROR
+        _log.log(level, "%s (process %d) has ended with %s", self._name, self.child.pid, how)
         if not self._was_ready:
             message = self._failed or f"{self._name} has ended with {how} before it was ready; the log says more."
-            self._give_up(message, EXIT_CONFIG if own_words else EXIT_ENGINE_DEAD)
+            self._give_up(message, EXIT_CONFIG if is_told else EXIT_ENGINE_DEAD)
             return
         now = time.monotonic()
         while self._restarts and now - self._restarts[0] > WINDOW:

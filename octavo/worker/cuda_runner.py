@@ -13,6 +13,7 @@ and for changes that do not fit one array of staging; after the constructor no k
 
 import gc
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -239,7 +240,7 @@ class CudaRunner:
             self._rows.send(slot, staging.pack(host, slot=slot, changed=last, new=staging.parameters(plan.new)))
             self._rows.begin(0, 0, 0)
             return
-        beam = self.tables.beam[plan.sample_rows]
+        beam = self.tables.beam.take(plan.sample_rows)
         samples = np.where(beam, np.int32(-1), plan.sample_rows) if beam.any() else plan.sample_rows
         length = staging.pack(
             host, slot=slot, rows=rows, starts=plan.starts, counts=plan.counts, ids=ids, changed=last,
@@ -260,7 +261,7 @@ class CudaRunner:
 
     def _run(self, key: str, ladder: tuple[int, ...], wanted: int) -> bool:
         """Replay the function at the smallest size of the ladder that fits, or call it; True when it was a replay."""
-        size = next(size for size in ladder if size >= wanted)
+        size = ladder[bisect_left(ladder, wanted)]
         if self._graphs is None:
             self._functions[key](size)
             return False
@@ -296,7 +297,9 @@ class CudaRunner:
 
     def _pass_over(self, plan: StepPlan, rows: Index) -> None:
         """Count the step as computed, with token 0 for each of the sampling ``rows``: one that is planned meanwhile fits."""
-        rows = rows[~self.tables.beam[rows]]
+        beam = self.tables.beam[rows]
+        if beam.any():
+            rows = rows[~beam]
         self.tables.write(rows, np.zeros(len(rows), np.int32))
         self.tables.advance(plan)
 

@@ -75,8 +75,11 @@ class DevicePending:
         self.ended = time.perf_counter()
         tables, plan = self._runner.tables, self._plan
         self._drawn = self._runner.tokens(self.slot, len(self._rows))
-        same = (tables.generation[self._rows] == plan.sample_generations[: len(self._rows)]) & ~self.beam
-        tables.tokens[self._rows[same], self._places[same]] = np.maximum(self._drawn[same], 0)
+        rows, places, tokens = self._rows, self._places, np.maximum(self._drawn, 0)
+        same = (tables.generation.take(rows) == plan.sample_generations[: len(rows)]) & ~self.beam
+        if not same.all():
+            rows, places, tokens = rows[same], places[same], tokens[same]
+        tables.tokens[rows, places] = tokens
         self.settled = True
 
     def result(self) -> StepResult:
@@ -91,7 +94,7 @@ class DevicePending:
         return StepResult(
             epoch=self._plan.epoch, step=self._plan.step,
             tokens=np.where(self.beam, np.int32(-1), drawn) if self.beam.any() else drawn,
-            bad=np.flatnonzero(drawn < 0).astype(np.int32),
+            bad=(drawn < 0).nonzero()[0].astype(np.int32),
             logprobs=self.finish(drawn) if self.finish is not None else [],
             prompt_logprobs=self.prompts() if self.prompts is not None else [],
             seconds=self.ended - begun if self._plan.rows.size else 0.0,

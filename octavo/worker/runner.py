@@ -103,25 +103,25 @@ class ModelRunner:
         """
         result = StepResult(epoch=plan.epoch, step=plan.step)
         self.tables.apply(plan)
-        self._edits.apply(plan)
-        self._edits.begin(plan.sample_rows.astype(np.intp))
-        result.swap_seconds = self._move(plan)
-        if plan.rows.size:
-            started = time.perf_counter()
+        self.tables.check(plan)
+        try:
             self._compute(plan, result)
-            result.seconds = time.perf_counter() - started
+        except Exception:
+            self._pass_over(plan)
+            raise
+        self.tables.advance(plan)
         if self._debug:
             result.checksum = self.tables.checksum()
         return result
 
     def _compute(self, plan: StepPlan, result: StepResult) -> None:
-        self.tables.check(plan)
-        try:
+        self._edits.apply(plan)
+        self._edits.begin(plan.sample_rows.astype(np.intp))
+        result.swap_seconds = self._move(plan)
+        if plan.rows.size:
+            started = time.perf_counter()
             self._forward(plan, result)
-        except Exception:
-            self._pass_over(plan)
-            raise
-        self.tables.advance(plan)
+            result.seconds = time.perf_counter() - started
 
     def _forward(self, plan: StepPlan, result: StepResult) -> None:
         batch = build(plan, self.tables)

@@ -82,7 +82,7 @@ class PromptSpans:
 
 def prompt_spans(plan: StepPlan, tables: Tables, starts: npt.NDArray[np.int64]) -> PromptSpans | None:
     """Where rows of the plan asked for prompt logprobs; None when none did. starts: int64 [R + 1], of each row's tokens."""
-    ks = tables.prompt_logprobs[plan.rows]
+    ks = tables.prompt_logprobs.take(plan.rows)
     if (ks < 0).all():
         return None
     spans = PromptSpans([], [], [], [], np.empty(0, np.intp), np.empty(0, np.int32), int(ks.max()))

@@ -5,7 +5,7 @@ what is sent grows with what a step computes and changes, never with what runs: 
 for every block that is appended. A row has at most one last token in an array, so the order of its changes does not matter.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -45,38 +45,33 @@ def parameters(rows: Sequence[NewRow]) -> Int32:
 
 def changes(plan: StepPlan) -> list[Changes]:
     """What a plan changes in block tables and last tokens, in as many parts as fit an array each."""
-    parts: list[Changes] = []
-    runs: list[Int32] = []
-    blocks: list[Int32] = []
-    filled = 0
-    for run, piece in _pieces(plan):
-        if filled + len(piece) > BLOCK_ROOM:
-            parts.append((np.concatenate(runs), np.concatenate(blocks), NONE))
-            runs, blocks, filled = [], [], 0
-        run[:, 3] += filled
-        runs.append(run)
-        blocks.append(piece)
-        filled += len(piece)
     last = {new.row: int(new.tokens[-1]) for new in plan.new}
     last.update(zip(plan.forced_rows.tolist(), plan.forced_tokens.tolist(), strict=True))  # of several tokens the last one
     lasts = np.array(list(last.items()), np.int32) if last else NONE
-    parts.append((np.concatenate(runs) if runs else NO_RUNS, np.concatenate(blocks) if blocks else NONE, lasts))
+    runs, blocks = _runs(plan)
+    if len(blocks) <= BLOCK_ROOM:
+        return [(runs, blocks, lasts)]
+    parts: list[Changes] = []
+    begin, end = runs[:, 3], runs[:, 3] + runs[:, 2]
+    for start in range(0, len(blocks), BLOCK_ROOM):  # a run that goes on in the next array is cut in two
+        first, stop = np.maximum(begin, start), np.minimum(end, start + BLOCK_ROOM)
+        cut = np.stack((runs[:, 0], runs[:, 1] + first - begin, stop - first, first - start), 1)
+        parts.append((cut[first < stop], blocks[start : start + BLOCK_ROOM], NONE))
+    parts[-1] = (*parts[-1][:2], lasts)
     return parts
 
 
-def _pieces(plan: StepPlan) -> Iterator[tuple[Int32, Int32]]:
-    """Runs [A, 4] and their blocks, at most BLOCK_ROOM of them at a time; offsets count from the first of the piece."""
-    for new in plan.new:
-        for start in range(0, len(new.blocks), BLOCK_ROOM):
-            piece = np.asarray(new.blocks[start : start + BLOCK_ROOM], np.int32)
-            yield np.array([[new.row, start, len(piece), 0]], np.int32), piece
-    for start in range(0, len(plan.append_rows), BLOCK_ROOM):
-        part = slice(start, start + BLOCK_ROOM)
-        piece = np.asarray(plan.append_blocks[part], np.int32)
-        single = np.empty((len(piece), 4), np.int32)
-        single[:, 0], single[:, 1], single[:, 2] = plan.append_rows[part], plan.append_index[part], 1
-        single[:, 3] = np.arange(len(piece))
-        yield single, piece
+def _runs(plan: StepPlan) -> tuple[Int32, Int32]:
+    """Runs [A, 4] of a plan (a row, the place of the first block, how many there are, where they begin), and all the blocks."""
+    num = len(plan.new)
+    if not num and not plan.append_rows.size:
+        return NO_RUNS, NONE
+    runs = np.empty((num + len(plan.append_rows), 4), np.int32)
+    runs[:num, 0], runs[:num, 1], runs[:num, 2] = [new.row for new in plan.new], 0, [len(new.blocks) for new in plan.new]
+    runs[num:, 0], runs[num:, 1], runs[num:, 2] = plan.append_rows, plan.append_index, 1
+    np.cumsum(runs[:, 2], out=runs[:, 3])
+    runs[:, 3] -= runs[:, 2]
+    return runs, np.concatenate([*(new.blocks for new in plan.new), plan.append_blocks], dtype=np.int32)
 
 
 def token_ids(plan: StepPlan, tables: Tables, starts: npt.NDArray[np.int64]) -> Int32:
@@ -87,7 +82,7 @@ def token_ids(plan: StepPlan, tables: Tables, starts: npt.NDArray[np.int64]) -> 
     """
     rows = plan.rows
     ids = np.full(int(starts[-1]), -1, np.int32)
-    chunks = np.flatnonzero((plan.counts > 1) | (plan.starts + 1 != tables.length[rows]))
+    chunks = ((plan.counts > 1) | (plan.starts + 1 != tables.length.take(rows))).nonzero()[0]
     for i in chunks.tolist():
         row, start, count = int(rows[i]), int(plan.starts[i]), int(plan.counts[i])
         ids[starts[i] : starts[i + 1]] = tables.tokens[row, start : start + count]

@@ -82,11 +82,11 @@ class Tables:
             RuntimeError: names the first row that does not fit, with the values of host and device.
         """
         rows = plan.rows.astype(np.intp)
-        computed = self.computed[rows]
+        computed = self.computed.take(rows)
         ends = computed + plan.counts
-        good = (self.generation[rows] != NO_OWNER) & (computed == plan.starts) & (plan.counts >= 1)
-        good &= (ends <= np.minimum(self.length[rows], self.max_model_len)) & (
-            ends <= self.num_blocks[rows] * self.block_size
+        good = (self.generation.take(rows) != NO_OWNER) & (computed == plan.starts) & (plan.counts >= 1)
+        good &= (ends <= np.minimum(self.length.take(rows), self.max_model_len)) & (
+            ends <= self.num_blocks.take(rows) * self.block_size
         )
         if not good.all() or self._repeats(rows):
             self._fail_rows(plan, good)
@@ -191,7 +191,7 @@ class Tables:
         np.add.at(self.length, rows, 1)
 
     def _check_ids(self, blocks: npt.NDArray[np.int32]) -> None:
-        if len(blocks) and (blocks.min() < 0 or blocks.max() >= self.pool_blocks):
+        if len(blocks) and blocks.view(np.uint32).max() >= self.pool_blocks:  # a negative id is a large one
             raise RuntimeError(f"blocks {blocks.min()} to {blocks.max()} are outside a pool of {self.pool_blocks}.")
 
     def _check_owned(self, rows: npt.NDArray[np.int32], what: str) -> None:
@@ -201,9 +201,9 @@ class Tables:
 
     def _check_sampling(self, plan: StepPlan, ends: npt.NDArray[np.int32]) -> None:
         rows = plan.sample_rows.astype(np.intp)
-        source = ends[plan.sample_from]
-        good = (self.generation[rows] == plan.sample_generations) & (plan.sample_generations != NO_OWNER)
-        good &= (self.length[rows] == plan.sample_pos) & (source == plan.sample_pos)
+        source = ends.take(plan.sample_from)
+        good = (self.generation.take(rows) == plan.sample_generations) & (plan.sample_generations != NO_OWNER)
+        good &= (self.length.take(rows) == plan.sample_pos) & (source == plan.sample_pos)
         if not good.all() or plan.sample_pos.max() > self.max_model_len:
             i = int(np.argmin(good))
             raise RuntimeError(
@@ -212,7 +212,7 @@ class Tables:
                 f"{self.generation[rows[i]]} and length {self.length[rows[i]]}, its logits stand at {source[i]}, "
                 f"max_model_len is {self.max_model_len}."
             )
-        if self._repeats(rows):
+        if plan.sample_rows is not plan.rows and self._repeats(rows):
             raise RuntimeError(f"step {plan.step} samples a row twice: {plan.sample_rows.tolist()}.")
 
     def _repeats(self, rows: Index) -> bool:

@@ -104,3 +104,29 @@ def test_after_the_end_nothing_waits_for_ever(tiny: Path) -> None:
             await engine.check_health()
 
     asyncio.run(cut())
+
+
+def test_a_broken_engine_tells_everybody_though_it_cannot_abort(tiny: Path) -> None:
+    """One is aborted while a step breaks off and leaves blocks that fit nothing: the other one must hear of the end."""
+    engine = AsyncLLMEngine(AsyncEngineArgs(model=str(tiny), max_model_len=256, skip_tokenizer_init=True))
+    inner = engine.engine.engine
+    state, schedule, long = inner._state, inner._scheduler.schedule, GREEDY.clone(max_tokens=250)
+
+    def broken() -> object:
+        if state.num_running < 2:
+            return schedule()
+        engine._do(lambda: engine._abort("left"))
+        for request in state.requests.values():
+            state.pool.release(state.table.table(request.sequences[0].row).tolist())
+        raise KeyError("planted")
+
+    inner._scheduler.schedule = broken  # type: ignore[method-assign,assignment]
+
+    async def both() -> None:
+        async with asyncio.timeout(20):
+            left, stays = await asyncio.gather(
+                last(engine, [1, 2], long, "left"), last(engine, [1, 3], long, "stays"), return_exceptions=True)
+        assert isinstance(left, RequestOutput) and isinstance(stays, EngineDead)
+
+    asyncio.run(both())
+    engine.close()

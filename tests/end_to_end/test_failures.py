@@ -55,6 +55,31 @@ def test_a_failed_step_costs_its_own_requests(tiny: Path, ahead: bool) -> None:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("part", ["moves", "edits"])
+def test_a_step_that_fails_before_it_computes_costs_its_own_requests_too(tiny: Path, ahead: bool, part: str) -> None:
+    """A step that was planned meanwhile still fits, so the engine goes on."""
+    engine = engine_of(tiny, ahead)
+    wanted = {name: o.outputs[0].token_ids for name, o in run(engine, 12).items()}
+    runner: Any = engine.group.runner
+    owner, name = (runner, "_move") if part == "moves" else (runner._edits, "begin")
+    method, count = getattr(owner, name), 0
+
+    def failing(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise MemoryError("planted")
+        return method(*args)
+
+    setattr(owner, name, failing)
+    done = run(engine, 12)
+    failed = {name for name, o in done.items() if o.outputs[0].finish_reason == "error"}
+    assert 0 < len(failed) < 12 and engine.engine.stats.failed_steps == 1
+    assert all(done[name].outputs[0].token_ids == wanted[name] for name in done.keys() - failed)
+    assert {n: o.outputs[0].token_ids for n, o in run(engine, 12).items()} == wanted
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 def test_two_failures_in_a_row_are_survived_and_three_are_not(tiny: Path, ahead: bool) -> None:
     engine = engine_of(tiny, ahead)
     fail_at(engine, 2, 3)

@@ -297,6 +297,20 @@ def test_an_id_can_be_used_again_after_its_abort(llm: LLM) -> None:
     assert outputs[-1].finished and outputs[-1].prompt == "Once upon" and len(outputs[-1].outputs[0].token_ids) == 6
 
 
+def test_an_id_can_be_used_again_after_its_stop_string(llm: LLM) -> None:
+    """The end of the first request has been said when its stop string was found; nothing of it reaches the second one."""
+    engine, found = llm.llm_engine, []
+    for stop in ((), (" city",), (" city",), ()):
+        engine.add_request("a", "Once upon a time", GREEDY.clone(max_tokens=20, ignore_eos=True, stop=stop))
+        outputs: list[RequestOutput] = []
+        while engine.has_unfinished_requests():
+            outputs += engine.step()
+        assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
+        found.append((outputs[-1].outputs[0].finish_reason, outputs[-1].outputs[0].text))
+    assert found[0] == found[3] and found[0][0] == "length"
+    assert found[1] == found[2] == ("stop", found[0][1].partition(" city")[0])
+
+
 def test_requests_of_others_go_on_beside_generate(llm: LLM) -> None:
     engine = llm.llm_engine
     engine.add_request("short", "Once", GREEDY.clone(max_tokens=2), stream=False)
@@ -325,6 +339,45 @@ def test_ctrl_c_leaves_the_engine_usable(llm: LLM) -> None:
         assert not llm.llm_engine.has_unfinished_requests()
         llm.llm_engine.engine.check()
         assert ids(llm, "Once upon") == wanted
+
+
+def interrupted(method: Any, at: int = 1) -> Any:
+    """The method, with a Ctrl-C in the middle of its n-th call."""
+    calls = 0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            signal.raise_signal(signal.SIGINT)
+        return method(*args, **kwargs)
+
+    return call
+
+
+def test_ctrl_c_loses_no_output(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the interrupted step has found comes with the next one, and so do requests of others that ended beside a batch."""
+    engine, one = llm.llm_engine, GREEDY.clone(max_tokens=1)
+    for at in (1, 3):
+        engine.add_request("mine", "Once", one, stream=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.engine, "step", interrupted(engine.engine.step, at))
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(["Once", "upon"], GREEDY.clone(max_tokens=400, ignore_eos=True), use_tqdm=False)
+        found = []
+        while engine.has_unfinished_requests():
+            found += engine.step()
+        assert [(o.request_id, o.finished) for o in found] == [("mine", True)], at
+
+
+def test_ctrl_c_while_requests_are_added(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llm.llm_engine
+    for part, name in ((engine.engine, "add"), (engine.collector, "add")):
+        with monkeypatch.context() as patch:
+            patch.setattr(part, name, interrupted(getattr(part, name), 2))
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(["Once"] * 3, GREEDY, use_tqdm=False)
+        assert not engine.has_unfinished_requests() and not engine.engine._state.requests
 
 
 def test_a_step_broken_off_ends_the_engine_loudly() -> None:

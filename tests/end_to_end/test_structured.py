@@ -283,7 +283,7 @@ def test_an_abort_while_a_grammar_is_compiled(slow: LLMEngine) -> None:
     out = [end for _ in range(3) for end in slow.step() if end.finished]
     assert [o.request_id for o in out] == ["b"] and {c.finish_reason for c in out[0].outputs} == {"abort"}
     slow.engine._grammars.gate.set()
-    assert [c.finish_reason for c in drain(slow)["c"].outputs] == ["stop", "abort"]
+    assert [(c.finish_reason, c.text) for c in drain(slow)["c"].outputs] == [("stop", "ab"), ("abort", "")]
 
 
 def test_a_grammar_that_only_the_engine_refuses(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

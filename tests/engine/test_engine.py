@@ -153,3 +153,24 @@ def test_siblings_fork_from_a_prompt_whose_last_chunk_but_one_has_failed_meanwhi
     bench.run()
     bench.assert_reference()
     assert bench.started["b"] == 8 and bench.ends["b", 2].reason == "length"
+
+
+def test_an_engine_that_was_broken_off_in_the_middle_takes_aborts_and_does_nothing():
+    """Its blocks and rows need not fit together any more; whoever cleans up after it must not stumble over that."""
+    bench = Bench()
+    bench.add("a", prompt(1, 20), max_tokens=5, eos=())
+    bench.step()
+    place = bench.state.place
+
+    def broken(sequence, blocks, computed, published):
+        place(sequence, blocks, computed, published)
+        bench.state.pool.release(blocks)
+        raise KeyError("planted")
+
+    bench.state.place = broken
+    bench.add("b", prompt(2, 20), max_tokens=5, eos=())
+    with pytest.raises(KeyError):
+        bench.engine.step()
+    assert not bench.engine.abort("b", report=False) and not bench.engine.abort("a", 0)
+    with pytest.raises(EngineDead, match="KeyError"):
+        bench.engine.step()

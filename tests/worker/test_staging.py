@@ -177,11 +177,11 @@ def test_more_changes_than_an_array_holds_travel_ahead(monkeypatch):
     new = [new_row(0, range(3)), new_row(1, range(10, 20)), new_row(2), new_row(3, [7])]
     append = {"append_rows": ints([4, 5]), "append_index": ints([8, 0]), "append_blocks": ints([90, 91])}
     parts = staging.changes(StepPlan(epoch=0, step=0, new=new, **append))
-    assert [blocks.tolist() for _, blocks, _ in parts] == [
-        [0, 1, 2], [10, 11, 12, 13], [14, 15, 16, 17], [18, 19, 7], [90, 91]]
+    assert [blocks.tolist() for _, blocks, _ in parts] == [[0, 1, 2, 10], [11, 12, 13, 14], [15, 16, 17, 18], [19, 7, 90, 91]]
     assert [runs.tolist() for runs, _, _ in parts] == [
-        [[0, 0, 3, 0]], [[1, 0, 4, 0]], [[1, 4, 4, 0]], [[1, 8, 2, 0], [3, 0, 1, 2]], [[4, 8, 1, 0], [5, 0, 1, 1]]]
-    assert [last.size for *_, last in parts] == [0, 0, 0, 0, 8]
+        [[0, 0, 3, 0], [1, 0, 1, 3]], [[1, 1, 4, 0]], [[1, 5, 4, 0]],
+        [[1, 9, 1, 0], [3, 0, 1, 1], [4, 8, 1, 2], [5, 0, 1, 3]]]
+    assert [last.size for *_, last in parts] == [0, 0, 0, 8]
     many = {name: np.arange(9, dtype=np.int32) for name in append}  # more than an array holds, and nothing before them
     parts = staging.changes(StepPlan(epoch=0, step=0, **many))
     assert [blocks.tolist() for _, blocks, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]

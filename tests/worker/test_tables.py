@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.plan import NewRow, RowSampling, StepPlan, checksum, decode_plan, encode
+from octavo.plan import NewRow, RowSampling, StepPlan, checksum
 from octavo.worker.tables import Tables
 
 
@@ -33,15 +33,22 @@ def compare(tables, world):
         assert tables.min_tokens[number] == (s.min_tokens if s.stop_ids else 0)
 
 
+def lock(plan):
+    """From now on a write into the plan's arrays is an error."""
+    for part in (plan, *plan.new):
+        for value in (getattr(part, name) for name in part.__struct_fields__):
+            if isinstance(value, np.ndarray):
+                value.flags.writeable = False
+
+
 @settings(max_examples=60, deadline=None)
-@given(rng=st.randoms(use_true_random=False), steps=st.integers(1, 12), through_bytes=st.booleans())
-def test_random_plans_leave_what_the_plain_model_says(plain_world, rng, steps, through_bytes):
+@given(rng=st.randoms(use_true_random=False), steps=st.integers(1, 12))
+def test_random_plans_leave_what_the_plain_model_says(plain_world, rng, steps):
     world = plain_world()
     tables = make(world)
     for _ in range(steps):
         plan = world.next_plan(rng)
-        if through_bytes:  # decoded arrays are read-only
-            plan = decode_plan(encode(plan))
+        lock(plan)
         tables.apply(plan)
         compare(tables, world)
         tables.check(plan)
