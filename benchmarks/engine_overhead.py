@@ -3,17 +3,17 @@
 Rows start with different prompt lengths, so that in every step some need a block, some publish one and some finish; prompts
 are distinct, the prefix cache is on and the KV pool is full of old prefixes, so that each new block evicts one; with
 --host-blocks they go to a host tier that is full as well, and evict there. Every step of the measured interval is counted,
-garbage collection included. Table for people, last line JSON.
+garbage collection included. Table for people, last line JSON, with the machine and the commit.
 
     python benchmarks/engine_overhead.py [--rows 256 1024] [--steps 160] [--stream] [--overlap] [--host-blocks 8]
 """
 
 import argparse
-import json
 import time
 
 import numpy as np
 
+from octavo.bench.report import json_line, machine
 from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.messages import EngineRequest
@@ -121,9 +121,8 @@ def main() -> None:
         results.append(r)
         print(f"{rows:>6} {r['mean_us']:>9} {r['median_us']:>9} {r['p99_us']:>9} {r['max_us']:>9} {r['finished']:>9}"
               f" {budget.get(rows, '-'):>7}")
-    print(json.dumps({"benchmark": "engine_overhead", "steps": args.steps, "stream": args.stream, "overlap": args.overlap,
-                      "host_blocks": args.host_blocks,
-                      "results": results}))
+    print(json_line({**machine(), "benchmark": "engine_overhead", "steps": args.steps, "stream": args.stream,
+                     "overlap": args.overlap, "host_blocks": args.host_blocks, "results": results}))
 
 
 if __name__ == "__main__":

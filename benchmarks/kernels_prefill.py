@@ -2,7 +2,8 @@
 
 Every figure is the median replay of a CUDA graph of calls over rotating tensors, with blocks of 16 tokens. Two columns are ours:
 the kernel that the operator chooses for this GPU, and the same step with ALiBi, which the kernel for Hopper does not take: so the
-portable one (mma.sync) is measured too, slopes included. The peer is FlashAttention 3, measured on an H100 with the same blocks.
+portable one (mma.sync) is measured too, slopes included. A layer's queries lie in one tensor with its keys and values, those of
+the tables alone; one more figure says what that changes. The peer is FlashAttention 3, measured on an H100 with the same blocks.
 Prints tables for people and one JSON object as the last line:
 
     python benchmarks/kernels_prefill.py --heads 32/8/128
@@ -54,13 +55,15 @@ class Paged:
     """One set of tensors of a step; calling it runs the operator."""
 
     def __init__(self, model: Model, sequences: list[tuple[int, int]], kv: torch.dtype = DTYPE, alibi: bool = False,
-                 act: torch.dtype = DTYPE) -> None:
+                 act: torch.dtype = DTYPE, joined: bool = False) -> None:
+        """joined: queries are a part of the rows that a layer's first product makes, so the next row's do not follow them."""
         tokens, longest = sum(new for new, _ in sequences), max(keys for _, keys in sequences)
         needed = [-(-keys // BLOCK_SIZE) for _, keys in sequences]
         width = -(-longest // BLOCK_SIZE)
         self.model, self.max_query = model, max(new for new, _ in sequences)
-        self.q = torch.randn(tokens, model.heads, model.head_dim, device="cuda").to(act)
-        self.out = torch.empty_like(self.q)
+        heads = model.heads + (2 * model.kv_heads if joined else 0)
+        self.q = torch.randn(tokens, heads, model.head_dim, device="cuda").to(act)[:, : model.heads]
+        self.out = torch.empty(self.q.shape, device="cuda", dtype=act)
         shape = (sum(needed), BLOCK_SIZE, model.kv_heads, model.head_dim)
         self.k, self.v = (torch.randn(shape, device="cuda").to(kv) for _ in range(2))
         tables = torch.zeros(len(needed), width, dtype=torch.int32)
@@ -89,11 +92,13 @@ class Paged:
         )
 
 
-def paged_seconds(model: Model, sequences: list[tuple[int, int]], kv: torch.dtype = DTYPE, alibi: bool = False) -> float:
+def paged_seconds(
+    model: Model, sequences: list[tuple[int, int]], kv: torch.dtype = DTYPE, alibi: bool = False, joined: bool = False
+) -> float:
     tokens = sum(new for new, _ in sequences)
     keys = sum(keys for _, keys in sequences)
     size = 4 * tokens * model.heads * model.head_dim + 4 * keys * model.kv_heads * model.head_dim
-    sets = [Paged(model, sequences, kv, alibi) for _ in range(max(1, min(8, math.ceil(ROTATED / size))))]
+    sets = [Paged(model, sequences, kv, alibi, joined=joined) for _ in range(max(1, min(8, math.ceil(ROTATED / size))))]
     return seconds(sets if size >= ROTATED else sets * max(1, 8 // len(sets)))
 
 
@@ -136,15 +141,17 @@ def prompts(name: str, figures: dict[str, dict[str, object]]) -> None:
 
 
 def mixed(name: str, figures: dict[str, dict[str, object]]) -> None:
-    """Two chunks of 256 tokens after 1,024 that are cached, and prompts with an 8-bit cache."""
+    """Chunks of 256 and 512 tokens after 1,024 and 8,192 that are cached, an 8-bit cache, and queries as a layer has them."""
     model = Model(*(int(part) for part in name.split("/")))
-    for label, sequences, kv, alibi in (
-        ("2 chunks of 256 over 1k", [(256, 1280)] * 2, DTYPE, False),
-        ("2 chunks of 256 over 1k, ALiBi", [(256, 1280)] * 2, DTYPE, True),
-        ("4 x 2048, e4m3 cache", [(2048, 2048)] * 4, torch.float8_e4m3fn, False),
-        ("16 x 512, e4m3 cache", [(512, 512)] * 16, torch.float8_e4m3fn, False),
+    for label, sequences, kv, alibi, joined in (
+        ("2 chunks of 256 over 1k", [(256, 1280)] * 2, DTYPE, False, False),
+        ("2 chunks of 256 over 1k, ALiBi", [(256, 1280)] * 2, DTYPE, True, False),
+        ("4 chunks of 512 over 8k", [(512, 8704)] * 4, DTYPE, False, False),
+        ("2 x 8192, q joined with k and v", [(8192, 8192)] * 2, DTYPE, False, True),
+        ("4 x 2048, e4m3 cache", [(2048, 2048)] * 4, torch.float8_e4m3fn, False, False),
+        ("16 x 512, e4m3 cache", [(512, 512)] * 16, torch.float8_e4m3fn, False, False),
     ):
-        time, work = paged_seconds(model, sequences, kv, alibi), model.flops(sequences) / 1e12
+        time, work = paged_seconds(model, sequences, kv, alibi, joined), model.flops(sequences) / 1e12
         print(f"{name} {label}: {1e6 * time:.1f} us, {work / time:.0f} TFLOP/s", flush=True)
         figures[f"prefill {name} {label}"] = {"value": round(work / time, 1), "unit": "TFLOP/s", "ceiling": CEILING}
 

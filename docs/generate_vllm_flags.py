@@ -1,7 +1,7 @@
 """Writes docs/vllm-flags.md from the parser of ``octavo serve`` and the table of refused flags.
 
 Owns which of our flags vLLM has under the same name, and the words about differences; names and defaults come from the parser,
-the refusals from octavo/commands/vllm_flags.py. Invariant: every flag of the parser is classified exactly once, and no word is
+the refusals from octavo/absent.py. Invariant: every flag of the parser is classified exactly once, and no word is
 about a flag that is not there. ``--check`` only compares and exits with 1 when the page is out of date.
 """
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from generated import write_or_compare
 
+from octavo.absent import REFUSED
 from octavo.cli import build_parser
 from octavo.commands.options import REFUSED as ONE_VALUE
-from octavo.commands.vllm_flags import REFUSED
 
 PAGE = Path(__file__).with_name("vllm-flags.md")
 
@@ -88,7 +88,7 @@ SAME: dict[str, str] = {
     "--enforce-eager": "",
     "--tensor-parallel-size": "refused beyond 1: one device so far",
     "--pipeline-parallel-size": "refused beyond 1: one device so far",
-    "--generation-config": "`octavo` where vLLM says `vllm`: ignore the model's file",
+    "--generation-config": "`octavo` is another word for `vllm`; no folder",
     "--override-generation-config": "",
     "--chat-template": "",
     "--max-logprobs": "",

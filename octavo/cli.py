@@ -47,7 +47,7 @@ class FlagParser(argparse.ArgumentParser):
                 break  # what follows are values, or belongs to the subcommand's own parser
             name = word.split("=", 1)[0]
             unknown = name not in self._option_string_actions
-            if unknown and (name in self.elsewhere or (name.startswith("--") and " " not in name)):
+            if unknown and (self._absent(name) or (name.startswith("--") and " " not in name)):
                 self.unknown(name)
         return super().parse_known_args(words, namespace)
 
@@ -60,11 +60,16 @@ class FlagParser(argparse.ArgumentParser):
 
     def unknown(self, name: str) -> NoReturn:
         """End with the message for a flag that does not exist."""
-        if name in self.elsewhere:
-            self.error(f"{name} is a flag of vLLM that Octavo does not have: {self.elsewhere[name]}.")
+        if absent := self._absent(name):
+            self.error(f"{absent} is a flag of vLLM that Octavo does not have: {self.elsewhere[absent]}.")
         # Compared without their dashes, which all flags have in common and which would make strangers look alike.
         close = difflib.get_close_matches(name[2:], [flag[2:] for flag in self._option_string_actions], 1)
         self.error(f"unknown flag {name}" + (f" (did you mean --{close[0]}?)" if close else ""))
+
+    def _absent(self, name: str) -> str:
+        """The flag of ``elsewhere`` that a word spells, with a key of its JSON (--flag.key) or a number (-O3); "" for none."""
+        flag = name.partition(".")[0]
+        return next((known for known in (flag, flag.rstrip("0123456789")) if known in self.elsewhere), "")
 
     def error(self, message: str) -> NoReturn:
         """One line, where to read more, exit code 2."""

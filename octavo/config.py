@@ -6,12 +6,14 @@ holds values that are each legal, and an option we cannot honour has been refuse
 """
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
+from octavo.absent import option_instead
 from octavo.errors import ConfigError
 
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
@@ -31,14 +33,24 @@ def option(default: Any, help: str, *, choices: tuple[Any, ...] = (), flag: str 
 
 
 def human_int(text: str) -> int:
-    """Parse 4096, 32k (1000s) or 32K (1024s), m/M and g/G likewise; ValueError on anything else."""
+    """Parse 4096, 32k (1000s) or 32K (1024s), m/M and g/G likewise; argparse's error on anything else."""
     scale = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}.get(text[-1:])
-    if scale is None:
-        return int(text)
-    value = float(text[:-1]) * scale
-    if not math.isfinite(value):
-        raise ValueError(f"{text!r} is not a number")
-    return int(value)
+    try:
+        return int(text) if scale is None else int(float(text[:-1]) * scale)
+    except (ValueError, OverflowError):  # int() of nan, and of an infinity
+        expected = "a whole number, or one such as 32k (times 1000) or 32K (times 1024)"
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r:.200}") from None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object; argparse's error on anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"key": 1}}, got {text!r:.200}')
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +98,7 @@ class EngineConfig:
     tensor_parallel_size: int = option(1, "GPUs that share each layer; more than 1 is refused until it exists", flag="-tp")
     pipeline_parallel_size: int = option(1, "groups of layers; more than 1 is refused until it exists", flag="-pp")
     generation_config: str = option(
-        "auto", "auto: sampling defaults from the model; octavo: none of them", choices=("auto", "octavo"))
+        "auto", "auto: sampling defaults from the model; vllm or octavo: none of them", choices=("auto", "vllm", "octavo"))
     override_generation_config: Mapping[str, Any] = option({}, "sampling defaults that win over the model's", kind="json")
     chat_template: str | None = option(None, "file or text of a chat template that replaces the model's")
     max_logprobs: int = option(20, "most top alternatives that a request may ask for")
@@ -107,11 +119,20 @@ class EngineConfig:
 
     @classmethod
     def from_kwargs(cls, **values: Any) -> "EngineConfig":
-        """Build from keyword arguments; an unknown one is a ConfigError that names it and the nearest known one."""
+        """Build from keyword arguments; also takes torch's dtypes, and None for the default seed, as vLLM does.
+
+        An unknown name is a ConfigError that says what stands in its place, or what name is nearest.
+        """
         known = {f.name for f in fields(cls)}
         for name in values:
+            if name not in known and (instead := option_instead(name)):
+                raise ConfigError(f"{name} is an option of vLLM that Octavo does not have: {instead}.", name)
             if name not in known:
                 raise ConfigError(f"unknown option {name!r}{nearest(name, known)}.", name)
+        if values.get("seed", 0) is None:
+            del values["seed"]
+        if type(values.get("dtype")).__module__ == "torch":
+            values["dtype"] = str(values["dtype"]).removeprefix("torch.")
         return cls(**values)
 
     @classmethod
@@ -197,8 +218,6 @@ def _check_refused(c: EngineConfig) -> None:
 
 def add_flag(parser: argparse.ArgumentParser, f: "Field[Any]", model: str = "") -> None:
     """Add the flag of a field to a parser; ``model``: see ``EngineConfig.add_cli_args``."""
-    import json
-
     meta, flag = f.metadata, "--" + f.name.replace("_", "-")
     default = None if f.default is MISSING else f.default
     if f.name == "model" and model == "positional":
@@ -210,7 +229,7 @@ def add_flag(parser: argparse.ArgumentParser, f: "Field[Any]", model: str = "") 
     elif meta["kind"] == "list":
         parser.add_argument(flag, nargs="+", action="extend", default=None, help=meta["help"])
     elif meta["kind"] == "json":
-        parser.add_argument(flag, type=json.loads, default={}, metavar="JSON", help=meta["help"])
+        parser.add_argument(flag, type=json_object, default={}, metavar="JSON", help=meta["help"])
     else:
         kinds = {"int": int, "float": float, "str": str}
         kind = human_int if meta["kind"] == "int" else next(k for key, k in kinds.items() if key in str(f.type))

@@ -9,8 +9,10 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from typing import Any, Literal
 
+from octavo.absent import SAMPLING
 from octavo.errors import RequestError
 
 MAX_N = 128
@@ -119,6 +121,27 @@ def _json_copy(value: dict[str, Any]) -> Any:
         raise _unstructured(f"json must be a JSON schema, got {value!r:.200}.") from error
 
 
+def _refuse_absent(values: Mapping[str, Any]) -> None:
+    for name in values:
+        if name in SAMPLING:
+            raise RequestError(
+                f"{name} is a sampling parameter of vLLM that Octavo does not have: {SAMPLING[name]}.", name, "unsupported_field")
+
+
+def _says_what_stands_in_place(cls: type[Any]) -> type[Any]:
+    """Let the constructor name what it lacks and vLLM has; Python's own error would not say what to write."""
+    made = cls.__init__
+
+    @wraps(made)
+    def checked(self: Any, **values: Any) -> None:
+        _refuse_absent(values)
+        made(self, **values)
+
+    cls.__init__ = checked
+    return cls
+
+
+@_says_what_stands_in_place
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling parameters of one request; names and meanings as in vLLM and the OpenAI API.
@@ -151,7 +174,8 @@ class SamplingParams:
             min_tokens and ignore_eos hold as long as they leave it a token to go on with.
 
     Raises:
-        RequestError: a value is out of range; the message names field and value, ``param`` the field.
+        RequestError: a value is out of range; the message names field and value, ``param`` the field. Or a name is of vLLM's
+            and not Octavo's; the message says what stands in its place.
     """
 
     n: int = 1
@@ -206,6 +230,7 @@ class SamplingParams:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SamplingParams":
         """Build from a mapping; an unknown name is a RequestError that names it."""
+        _refuse_absent(values)
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:

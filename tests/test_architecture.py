@@ -9,14 +9,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1] / "octavo"
 RANK = {
     name: rank
     for rank, names in enumerate([
-        "errors log config params outputs plan messages", "ops", "parallel", "layers", "models", "worker",
+        "absent errors log config params outputs plan messages", "ops", "parallel", "layers", "models", "worker",
         "engine text", "llm async_llm server client bench", "cli commands", "__init__ __main__",
     ])
     for name in names.split()
 }
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(ROOT.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
-NO_TORCH = ("engine", "errors", "log", "config", "params", "outputs", "plan", "messages", "cli", "bench", "client")
+NO_TORCH = ("engine", "absent", "errors", "log", "config", "params", "outputs", "plan", "messages", "cli", "bench", "client")
 
 
 def imports(tree: ast.AST) -> set[str]:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from octavo.config import EngineArgs, EngineConfig, human_int, nearest, unknown_environment
+from octavo.absent import REFUSED as ABSENT
+from octavo.config import EngineArgs, EngineConfig, human_int, json_object, nearest, unknown_environment
 from octavo.errors import ConfigError
 
 BAD: list[tuple[str, Any]] = [
@@ -28,7 +30,7 @@ BAD: list[tuple[str, Any]] = [
     ("enable_prefix_caching", None), ("enable_prefix_caching", 0),
     ("max_num_seqs", 0), ("max_num_batched_tokens", 0), ("long_prefill_token_threshold", -1), ("max_logprobs", -1),
     ("scheduling_policy", "lifo"), ("preemption_mode", "never"), ("logprobs_mode", "raw"),
-    ("generation_config", "vllm"),
+    ("generation_config", "transformers"),
     ("async_scheduling", "on"), ("tensor_parallel_size", 0), ("pipeline_parallel_size", 0),
 ]
 REFUSED: list[tuple[str, Any]] = [
@@ -72,6 +74,32 @@ def test_an_unknown_keyword_names_itself_and_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'max_model_length' \(did you mean max_model_len\?\)") as caught:
         EngineConfig.from_kwargs(model="m", max_model_length=5)
     assert caught.value.param == "max_model_length"
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("enable_lora", "LoRA adapters do not exist in Octavo yet; serve merged weights"),
+    ("speculative_config", "speculative decoding does not exist in Octavo yet"),  # and not: did you mean generation_config?
+    ("max_seq_len_to_capture", "CUDA graphs are captured for all sizes at start; enforce_eager switches them off"),
+    ("rope_theta", "hf_overrides.rope_theta replaces the entry of config.json"),
+])
+def test_a_keyword_of_vllm_s_is_refused_with_what_stands_in_its_place(name: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig.from_kwargs(model="m", **{name: 1})
+    assert str(caught.value) == f"{name} is an option of vLLM that Octavo does not have: {words}."
+    assert caught.value.param == name
+
+
+def test_no_option_is_called_absent() -> None:
+    assert not {"--" + f.name.replace("_", "-") for f in dataclasses.fields(EngineConfig)} & set(ABSENT)
+
+
+def test_what_vllm_s_callers_pass_is_taken() -> None:
+    assert EngineConfig.from_kwargs(model="m", dtype=torch.bfloat16, seed=None) == make(dtype="bfloat16", seed=0)
+    assert make(generation_config="vllm").generation_config == "vllm"
+    with pytest.raises(ConfigError, match=r"dtype must be one of .*, got 'int8'"):
+        EngineConfig.from_kwargs(model="m", dtype=torch.int8)
+    with pytest.raises(ConfigError, match="dtype must be of type str, got None"):
+        EngineConfig.from_kwargs(model="m", dtype=None)
 
 
 def test_the_budget_must_hold_a_token_of_every_sequence() -> None:
@@ -121,10 +149,24 @@ def test_human_int(text: str, value: int) -> None:
     assert human_int(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "k", "x", "1.5", "3kk", "nan", "1e3"])
+@pytest.mark.parametrize("text", ["", "k", "x", "1.5", "3kk", "nan", "1e3", "nank", "infk", "auto"])
 def test_human_int_refuses(text: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"must be a whole number, .* got '{text}'"):
         human_int(text)
+
+
+@pytest.mark.parametrize("text", ["", "x", "[1]", "3", "null", '{"a": }', "[" * 100_000])
+def test_json_object_refuses(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must be a JSON object such as .*, got ") as caught:
+        json_object(text)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_value_that_no_flag_takes_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--max-model-len", "auto"], ["--hf-overrides", "rope"]):
+        with pytest.raises(SystemExit):
+            parse("m", *words)
+        assert f"argument {words[0]}: must be a " in capsys.readouterr().err
 
 
 def test_nearest() -> None:

@@ -16,8 +16,8 @@ import msgspec
 import pytest
 import yaml
 
+from octavo.absent import REFUSED
 from octavo.cli import build_parser
-from octavo.commands.vllm_flags import REFUSED
 from octavo.server import chat, completions, generate, messages, models, probes, responses, tokenize
 from octavo.server.config import ServerConfig
 from octavo.server.errors import STATUSES, TYPES

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from octavo.absent import SAMPLING
 from octavo.errors import RequestError
 from octavo.params import MAX_BIAS, MAX_STOP, MAX_STOP_CHARS, SamplingParams, StructuredOutputsParams
 
@@ -108,6 +109,24 @@ def test_from_dict_names_an_unknown_field() -> None:
     with pytest.raises(RequestError, match="temprature") as caught:
         SamplingParams.from_dict({"temprature": 0.5})
     assert (caught.value.param, caught.value.code) == ("temprature", "unsupported_field")
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_a_parameter_of_vllm_s_is_refused_with_what_stands_in_its_place(name: str) -> None:
+    def changed(values: dict[str, Any]) -> SamplingParams:
+        return SamplingParams().clone(**values)
+
+    makers: list[Any] = [lambda values: SamplingParams(**values), SamplingParams.from_dict, changed]
+    for make in makers:
+        with pytest.raises(RequestError, match=f"{name} is a sampling parameter of vLLM that Octavo does not have: ") as caught:
+            make({name: 1})
+        assert SAMPLING[name] in str(caught.value) and (caught.value.param, caught.value.code) == (name, "unsupported_field")
+    assert name not in {f.name for f in dataclasses.fields(SamplingParams)}
+
+
+def test_a_name_that_nobody_has_is_python_s_own_error() -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        SamplingParams(temprature=0.5)  # type: ignore[call-arg]
 
 
 def test_it_is_frozen_and_clone_checks_again() -> None:

@@ -37,8 +37,6 @@ def run(args: argparse.Namespace, sampling: dict[str, float]) -> int:
     traffic = Traffic(args.request_rate, args.burstiness, args.max_concurrency, args.ramp_up_strategy,
                       args.ramp_up_start_rps, args.ramp_up_end_rps)
     metadata, headers = pairs("metadata", args.metadata), pairs("header", args.header)
-    if not isinstance(args.extra_body, dict):
-        raise ConfigError(f"extra_body must be a JSON object, got {args.extra_body!r:.100}.", "extra_body")
     _check_data(args)
     if args.plot is not None:
         plot.check_path(args.plot)

@@ -5,11 +5,10 @@ flags is refused by name, as every unknown flag is.
 """
 
 import argparse
-import json
 from typing import Any
 
 from octavo.commands.remote import add_key_arg
-from octavo.config import human_int
+from octavo.config import human_int, json_object
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 METRICS = ("ttft", "tpot", "itl", "e2el")
@@ -36,7 +35,7 @@ def add_kind(kinds: Any) -> argparse.ArgumentParser:
                                             "(default: the server's /tokenize does)")
     server.add_argument("--header", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="sent with requests")
     add_key_arg(server)
-    server.add_argument("--extra-body", type=json.loads, default={}, metavar="JSON", help="more fields of every request")
+    server.add_argument("--extra-body", type=json_object, default={}, metavar="JSON", help="more fields of every request")
     data = parser.add_argument_group("requests")
     data.add_argument("--dataset-name", choices=DATASETS, default="random", help="(default: random)")
     data.add_argument("--dataset-path", metavar="FILE", help="of sharegpt (JSON) or custom (JSON lines)")

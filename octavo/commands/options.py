@@ -1,7 +1,7 @@
 """Command-line flags: those of SamplingParams, and how the engine's are shown in a command's help.
 
 Owns how a sampling field is spelt on the command line and the groups of --help; ranges stay in SamplingParams and
-EngineConfig, and flags that only vLLM has in vllm_flags.py. Invariant: only sampling flags that were given appear among the
+EngineConfig, and flags that only vLLM has in absent.py. Invariant: only sampling flags that were given appear among the
 changes, so the model's own defaults (generation_config.json) hold for all others.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from octavo.commands.vllm_flags import REFUSED as ELSEWHERE
-from octavo.config import EngineConfig, human_int
+from octavo.absent import REFUSED as ELSEWHERE
+from octavo.config import EngineConfig, human_int, json_object
 from octavo.errors import ModelError, RequestError
 from octavo.params import SamplingParams, StructuredOutputsParams
 
@@ -40,15 +40,15 @@ def _early_stopping(text: str) -> bool | str:
 
 def _bias(text: str) -> dict[int, float]:
     """{"id": bias} as JSON; JSON keys are strings, the ids inside them are read here."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(text)
-    return {int(token): bias for token, bias in value.items()}
+    try:
+        return {int(token): bias for token, bias in json_object(text).items()}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must have token ids as keys, got {text!r:.200}") from None
 
 
 def _structured(text: str) -> StructuredOutputsParams:
     try:
-        return StructuredOutputsParams.from_dict(dict(json.loads(text)))
+        return StructuredOutputsParams.from_dict(json_object(text))
     except RequestError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -69,11 +69,6 @@ class Stats:
         """Share of the blocks that somebody uses, 0 to 1."""
         return self.kv_used / self.kv_blocks if self.kv_blocks else 0.0
 
-    @property
-    def prefix_hit_rate(self) -> float:
-        """Share of the prompt tokens that were found in the prefix cache, 0 to 1."""
-        return self.prefix_hits / self.prefix_queries if self.prefix_queries else 0.0
-
 
 class StatsLog:
     """Writes a line about the last ten seconds when they are over.

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.ops.fused import SKINNY_ROWS, SKINNY_SCRATCH
+from octavo.ops.reference import PANEL
 
 TILED_ROWS = 32  # most rows that go to the tile operators, which take more: from there on cuBLAS is as fast or faster
+NO_TILES = "needs a device of compute capability 9.0"  # the words of csrc/cuda/gemm_tile_sm90.cu
 
 
 class Slot(NamedTuple):
@@ -74,7 +76,7 @@ class PackedWeight:
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         self.rows, self.columns, self.dtype = rows, columns, dtype
-        self.packed = torch.empty(0, columns, 32, dtype=dtype)
+        self.packed = torch.empty(0, columns, PANEL, dtype=dtype)
         self._arrived: dict[int, Tensor] = {}
 
     def take(self, start: int, part: Tensor) -> None:
@@ -193,7 +195,9 @@ def _has_tiles(device: str, dtype: torch.dtype) -> bool:
     x, weight = (torch.empty(rows, 8, dtype=dtype, device=device) for rows in (0, 8))
     try:
         ops.tile_linear(x, x, weight, None)
-    except RuntimeError:
+    except RuntimeError as error:
+        if NO_TILES not in str(error):
+            raise
         return False
     return True
 

@@ -10,8 +10,7 @@ from octavo.ops.library import choose
 
 Operator = Callable[..., None]
 
-SKINNY_ROWS = 16  # most rows of activations that the skinny operators take
-TILE_ROWS = 128  # most rows that the tile operators take
+SKINNY_ROWS = 16  # most rows that go to the skinny operators, which would take 64
 SKINNY_SCRATCH = 524_288  # float32 elements of `scratch`, enough for every shape: skinny_scratch_floats in csrc/cuda/ops.h
 
 rms_norm_fp8: Operator = choose("rms_norm_fp8")

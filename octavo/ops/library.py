@@ -29,6 +29,7 @@ IN_PLACE = (
     "penalties", "sample", "token_logprobs",
 )
 NAMES = (*IN_PLACE, "pack_linear")
+PACKED = ("linear", "embedding", "pack_linear")  # operators without a CUDA kernel: a GPU multiplies plain rows
 GPU_NAMES = (  # operators without a CPU kernel, all in place
     "rms_norm_fp8", "add_rms_norm_fp8", "layer_norm_fp8", "gated_activation_fp8", "activation_fp8", "lookup",
     "rotate_and_cache", "attention_plan", "skinny_linear", "skinny_gated", "norm_linear",
@@ -89,17 +90,22 @@ def load_cuda() -> None:
     """Add the CUDA kernels to the operators; further calls do nothing.
 
     Raises:
-        ConfigError: they are not built, or cannot be loaded.
+        ConfigError: they are not built, cannot be loaded, or are from another version of Octavo.
     """
     if not _BUILT or not CUDA_EXTENSION.is_file():
-        missing = (CUDA_EXTENSION if _BUILT else EXTENSION).name
-        raise ConfigError(f"the CUDA kernels are not built (no {missing}). {REBUILD_CUDA}", "device")
+        absent = (CUDA_EXTENSION if _BUILT else EXTENSION).name
+        raise ConfigError(f"the CUDA kernels are not built (no {absent}). {REBUILD_CUDA}", "device")
     load: Callable[[str], None] = torch.ops.load_library
     try:
         load(str(CUDA_EXTENSION))
     except (OSError, RuntimeError) as error:
         reason = error.__cause__ or error
         raise ConfigError(f"{CUDA_EXTENSION} cannot be loaded: {reason}. {REBUILD_CUDA}", "device") from error
+    needed = (name for name in (*NAMES, *GPU_NAMES) if name not in PACKED)
+    missing = [name for name in needed if not torch._C._dispatch_has_kernel_for_dispatch_key(f"octavo::{name}", "CUDA")]
+    if missing:
+        words = f"{CUDA_EXTENSION} is from another version of Octavo: it lacks {', '.join(missing)}. {REBUILD_CUDA}"
+        raise ConfigError(words, "device")
 
 
 def cuda_built() -> bool:

@@ -138,13 +138,6 @@ def chat_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: Messages
         "apart from its own.", "messages")
 
 
-def encode_chat(template: ChatTemplate, tokenizer: Tokenizer, messages: Messages, tools: Tools | None = None,
-                add_generation_prompt: bool = True, continue_final_message: bool | str = False,
-                /, **kwargs: Any) -> list[int]:
-    """The ids of ``chat_prompt``."""
-    return chat_prompt(template, tokenizer, messages, tools, add_generation_prompt, continue_final_message, **kwargs)[1]
-
-
 def load_chat_template(tokenizer: Tokenizer, config: EngineConfig) -> ChatTemplate | None:
     """The template to use: ``config.chat_template`` (text, a file, or a name among the model's), else the model's.
 

@@ -23,6 +23,7 @@ from octavo.models.decoder import residual_dtype
 from octavo.models.source import ModelSource
 from octavo.models.spec import DecoderSpec, RopeSpec
 from octavo.ops.fused import SKINNY_ROWS
+from octavo.ops.reference import PANEL
 from octavo.worker.attention_sizes import attention_sizes
 from octavo.worker.gpu import usable
 from octavo.worker.machine import GIB, Machine, size_text
@@ -34,7 +35,6 @@ HOST_SHARE = 0.7  # most of the host's memory that swap_space may ask for
 CUDA_RESERVE = GIB  # context, libraries, graphs
 STAGED = 64 * 2**20  # bytes of a half of the staging for blocks that move to the host or back
 CUDA_ROWS = 2048  # sequences that one work list of attention holds
-PANEL = 32  # rows of a packed panel
 FLOAT = 4
 DTYPES = {
     "half": torch.float16,
@@ -326,14 +326,14 @@ def _pool(config: EngineConfig, machine: Machine, fixed: int, block_bytes: int, 
                 how,
             )
     else:
-        num_blocks, how = left // block_bytes, f"what is left of {share:.0%} of {measured}"
+        num_blocks, how = left // block_bytes, f"what is left of {100 * share:g}% of {measured}"
         most = min(useful, CPU_POOL // block_bytes)
         if on_cpu and most < num_blocks:
             fits_all = "all that max_num_seqs sequences of max_model_len need"
             num_blocks, how = most, fits_all if most == useful else f"the CPU default of {size_text(CPU_POOL)}"
         if num_blocks < 1:
             raise ConfigError(
-                f"the KV pool would have no block: {share:.0%} of {measured} leaves {size_text(max(left, 0))} after "
+                f"the KV pool would have no block: {100 * share:g}% of {measured} leaves {size_text(max(left, 0))} after "
                 f"{size_text(fixed)} for weights and workspace, and one block takes {size_text(block_bytes)}.",
                 param,
             )

@@ -222,7 +222,7 @@ def test_a_soak_beside_others_keeps_to_its_share_of_the_gpu(script: Any, monkeyp
 
 def test_the_server_beside_the_engine(script: Any, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server_gpu = script("server_gpu")
-    words = ["--device", "cpu", "--model", str(tiny), "--requests", "2", "--rows", "24", "--engine", "--max-num-batched-tokens",
+    words = ["--device", "cpu", "--model", str(tiny), "--requests", "12", "--rows", "24", "--engine", "--max-num-batched-tokens",
              "2048"]
     assert server_gpu.main(words) == 0
     found = last(capsys)
@@ -236,7 +236,7 @@ def test_the_server_beside_the_engine(script: Any, tiny: Path, capsys: pytest.Ca
     values = {name: figure["value"] for name, figure in figures.items()}
     assert values["server/of_offline"] == pytest.approx(values["server/output_tok_s"] / values["offline/output_tok_s"], rel=2e-3)
     assert [name for name, figure in figures.items() if "target" in figure] == ["server/of_offline"]
-    assert values["server/itl_p99_ms"] >= values["server/itl_p50_ms"] > 0 and values["server/tokens_per_chunk"] >= 1
+    assert values["server/itl_p99_ms"] >= values["server/itl_p50_ms"] >= 0 and values["server/tokens_per_chunk"] >= 1
     assert values["server/engine_us_per_token"] > 0 and values["server/start_to_ready_s"] > 0
     assert len(found["notes"]) == 1 and "the API processes computed for" in found["notes"][0]
 
@@ -279,5 +279,7 @@ def test_the_overhead_of_an_engine_is_measured(script: Any, capsys: pytest.Captu
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["engine_overhead.py", "--rows", "16", "--steps", "40", *flags])
     script("engine_overhead").main()
-    (result,) = last(capsys)["results"]
+    found = last(capsys)
+    (result,) = found["results"]
+    assert "threads" in found["machine"] and "commit" in found and found["versions"]["octavo"]
     assert result["rows"] == 16 and result["finished"] == 2 and result["running_at_end"] == 14 and result["mean_us"] > 0

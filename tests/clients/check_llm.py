@@ -1,8 +1,10 @@
 """llm: its command line, as its documentation configures it."""
 
+import atexit
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +12,7 @@ import tempfile
 from recipes import BASE, MODEL, recipe, run
 
 FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="octavo-llm-"))
+atexit.register(shutil.rmtree, FOLDER)
 (FOLDER / "extra-openai-models.yaml").write_text(json.dumps([{
     "model_id": "octavo", "model_name": MODEL, "api_base": BASE, "supports_schema": True, "supports_tools": True}]))
 SCHEMA = json.dumps({"type": "object", "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 99}},

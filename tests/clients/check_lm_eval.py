@@ -1,8 +1,10 @@
 """lm-eval: a small task of multiple choice over /v1/completions, which asks for the logprobs of prompts given as ids."""
 
+import atexit
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ QUESTIONS = (
 @recipe
 def multiple_choice() -> None:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="octavo-lm-eval-"))
+    atexit.register(shutil.rmtree, folder)
     (folder / "data.jsonl").write_text("\n".join(
         json.dumps({"question": question, "choices": choices, "answer": answer}) for question, choices, answer in QUESTIONS))
     (folder / "octavo_mc.yaml").write_text(json.dumps({

@@ -191,7 +191,7 @@ def test_connections_that_drop(server: StandIn, capsys: pytest.CaptureFixture[st
     (["--percentile-metrics", "x"], "percentile_metrics"), (["--metric-percentiles", "x"], "metric_percentiles"),
     (["--dataset-name", "custom"], "dataset_path"), (["--dataset-path", "x"], "dataset_path"), (["--lengths", "/no"], "lengths"),
     (["--lengths", "/no", "--dataset-name", "custom", "--dataset-path", "x"], "lengths"), (["--header", "x"], "header"),
-    (["--metadata", "x"], "metadata"), (["--extra-body", "[]"], "extra_body"), (["--endpoint", "v1 x"], "endpoint"),
+    (["--metadata", "x"], "metadata"), (["--endpoint", "v1 x"], "endpoint"),
     (["--base-url", "h:1"], "base_url"), (["--plot", "x.gif"], "plot"), (["--random-range-ratio", "2"], "random_range_ratio"),
     (["--num-warmups", "-1"], "num_warmups"), (["--ramp-up-strategy", "linear"], "ramp_up"), (["--port", "70000"], "base_url"),
     (["--random-prefix-len", "-1"], "random_prefix_len"), (["--api-key", "a\nb"], "api_key"),
@@ -204,7 +204,8 @@ def test_a_mistake_is_found_before_the_server_is_asked(
     assert name in captured.err and captured.err.count("\n") == 1 and not captured.out and not server.seen
 
 
-@pytest.mark.parametrize("words", [["--profile"], ["--dataset-name", "sonnet"], ["--backend", "tgi"], ["--extra-body", "{"]])
+@pytest.mark.parametrize("words", [["--profile"], ["--dataset-name", "sonnet"], ["--backend", "tgi"], ["--extra-body", "{"],
+                                   ["--extra-body", "[]"]])
 def test_what_vllm_has_and_we_lack_is_refused_by_name(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["bench", "serve", *words])

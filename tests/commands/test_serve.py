@@ -2,8 +2,8 @@
 
 import pytest
 
+from octavo.absent import REFUSED
 from octavo.cli import build_parser, main
-from octavo.commands.vllm_flags import REFUSED
 from octavo.server.config import ServerConfig
 
 

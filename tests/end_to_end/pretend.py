@@ -4,6 +4,7 @@ What runs on it is everything but the kernels: staging, rows on the device, grap
 that arrive later, the sampling of rows that ask for more. Results "arrive" when an event is awaited and not before.
 """
 
+from collections import Counter
 from contextlib import nullcontext
 
 import torch
@@ -114,6 +115,24 @@ def use_references(monkeypatch):
     for name in ("paged_attention", "sample", "penalties", "token_logprobs", "gated_activation", "rms_norm", "add_rms_norm",
                  "copy_blocks", "swap_blocks"):
         monkeypatch.setattr(ops, name, getattr(reference, name))
+
+
+def count_calls(monkeypatch, *kinds):
+    """How often each method of these classes is called from now on, by "class.method"."""
+    calls = Counter()
+
+    def counting(key, method):
+        def counted(*args, **options):
+            calls[key] += 1
+            return method(*args, **options)
+
+        return counted
+
+    for kind in kinds:
+        for name, method in [*vars(kind).items()]:
+            if callable(method):
+                monkeypatch.setattr(kind, name, counting(f"{kind.__name__}.{name}", method))
+    return calls
 
 
 def fail_at(monkeypatch, name, *calls):

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from pretend import PretendEvent, PretendGpu, PretendHostPool, fail_at, use_references
+from pretend import (
+    PretendEvent,
+    PretendGpu,
+    PretendGraphs,
+    PretendHostPool,
+    PretendStream,
+    count_calls,
+    fail_at,
+    use_references,
+)
 
 from octavo import LLM, LLMEngine, RequestOutput, SamplingParams
 from octavo.errors import ConfigError, EngineDead
@@ -107,6 +116,29 @@ def test_the_answers_of_the_cpu(tiny: Path, on_gpu: Any, asked: Any, expected: l
     runner = llm.llm_engine.group.runner
     assert (runner.graph_steps == 0) == bool(options.get("enforce_eager"))
     llm.close()
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_decode_step_is_two_graphs_and_one_wait(
+    tiny: Path, on_gpu: Any, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """200 steps of eight rows, sampled and greedy, that get new blocks: nothing is waited for, made or allocated beside that."""
+    engine = on_gpu(tiny, async_scheduling=ahead, debug_checksums=False, max_num_seqs=8, disable_log_stats=True).llm_engine
+    for i in range(8):
+        params = SamplingParams(temperature=float(i % 2), seed=i, max_tokens=230, ignore_eos=True)
+        engine.add_request(str(i), None, params, prompt_token_ids=[*range(3, 10 + i)], stream=False)
+    for _ in range(4):  # the prompts, and what was submitted ahead
+        engine.step()
+    calls = count_calls(monkeypatch, PretendEvent, PretendStream, PretendGraphs, PretendGpu)
+    runner = engine.group.runner
+    steps, graph_steps = runner.steps, runner.graph_steps
+    for _ in range(200):
+        engine.step()
+    assert (runner.steps - steps, runner.graph_steps - graph_steps) == (200, 200)
+    for name in ("PretendGpu.use", "PretendEvent.query"):  # these neither wait nor make anything
+        calls.pop(name, None)
+    assert calls == {"PretendEvent.synchronize": 200, "PretendEvent.record": 200, "PretendGraphs.replay": 400}
+    engine.close()
 
 
 def test_edits_that_read_the_output_see_every_token(tiny: Path, on_gpu: Any) -> None:

@@ -1,9 +1,12 @@
 """Weight formats: what goes in can be multiplied and looked up, whatever the storage type."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from octavo import ops
+from octavo.layers import weight as module
 from octavo.layers.weight import DenseWeight, PackedWeight, Slot, Table, Vector, matrix, prefixed
 from octavo.ops import fused_reference, reference
 
@@ -79,6 +82,27 @@ def test_dense_weight_multiplies_as_packed_weight_does(monkeypatch: pytest.Monke
     rows = torch.empty(3, 16)
     dense.gather(rows, ids)
     assert torch.equal(rows, weight[ids])
+
+
+def test_only_a_gpu_without_the_tile_operators_does_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else goes wrong is not hidden: a library that lacks the kernel, an error of the device."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: empty(*shape, dtype=dtype))
+
+    def has_tiles(error: Exception | None) -> bool:
+        def run(*args: object) -> None:
+            if error:
+                raise error
+
+        monkeypatch.setattr(ops, "tile_linear", run)
+        return module._has_tiles.__wrapped__("cuda:0", torch.bfloat16)
+
+    kernel = Path(module.__file__).parents[2] / "csrc" / "cuda" / "gemm_tile_sm90.cu"
+    assert module.NO_TILES in kernel.read_text(encoding="utf-8")
+    assert has_tiles(None) and not has_tiles(RuntimeError(f"tile_linear: {module.NO_TILES}, and a build"))
+    for error in (NotImplementedError("no kernel for CUDA"), RuntimeError("CUDA error: an illegal memory access")):
+        with pytest.raises(type(error), match=str(error)):
+            has_tiles(error)
 
 
 @pytest.mark.parametrize(("rows", "tokens", "product", "gated"), [

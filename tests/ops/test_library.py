@@ -75,6 +75,24 @@ def test_an_extension_that_cannot_be_loaded_is_refused_with_the_reason(tmp_path)
         library._load(broken)
 
 
+@pytest.mark.skipif(not ops.cuda_built(), reason="the CUDA kernels are not built")
+def test_the_cuda_kernels_of_this_tree_are_complete():
+    library.load_cuda()
+    library.load_cuda()  # and may be asked for again
+    for name in library.PACKED:
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"octavo::{name}", "CUDA"), name
+
+
+@built
+def test_cuda_kernels_that_lack_operators_are_refused(monkeypatch):
+    """A stale library is one that loads and lacks a kernel; isa stands for an operator that it does not have yet."""
+    monkeypatch.setattr(library, "CUDA_EXTENSION", Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so")
+    monkeypatch.setattr(library, "GPU_NAMES", (*library.GPU_NAMES, "isa"))
+    with pytest.raises(ConfigError, match=r"another version of Octavo: it lacks (.*, )?isa\. Build them with `make") as caught:
+        library.load_cuda()
+    assert caught.value.param == "device" and "pack_linear" not in str(caught.value)
+
+
 def test_every_operator_is_exported_and_unwrapped():
     for name in (*library.NAMES, *library.GPU_NAMES):
         chosen = library.choose(name)
@@ -94,6 +112,10 @@ def test_isa_is_what_the_kernels_use():
     assert ops.isa() in ("plain", "avx2", "avx512")
 
 
+# How a schema spells the types of the reference functions.
+TYPES = {torch.Tensor: "Tensor", torch.Tensor | None: "Optional[Tensor]", int: "int", float: "float", bool: "bool", str: "str"}
+
+
 def plain(name):
     """The reference function of an operator."""
     return getattr(reference if name in library.NAMES else fused_reference, name)
@@ -103,8 +125,10 @@ def plain(name):
 @pytest.mark.parametrize("name", [*library.NAMES, *library.GPU_NAMES])
 def test_schema_and_reference_agree(name):
     schema = library.choose(name)._schema
-    parameters = list(inspect.signature(plain(name)).parameters)
-    assert [argument.name for argument in schema.arguments] == parameters
+    parameters = inspect.signature(plain(name)).parameters.values()
+    told = [(p.name, TYPES[p.annotation], p.default) for p in parameters]
+    given = [a.default_value if a.has_default_value() else inspect.Parameter.empty for a in schema.arguments]
+    assert [(a.name, str(a.type), default) for a, default in zip(schema.arguments, given, strict=True)] == told
     assert len(schema.returns) == (1 if name == "pack_linear" else 0)
 
 

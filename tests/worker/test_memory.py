@@ -20,11 +20,12 @@ from octavo.models.spec import LayerSpec, RopeSpec
 from octavo.ops import fused_reference, reference
 from octavo.ops.attention import AttentionMeta
 from octavo.ops.library import GPU_NAMES
+from octavo.ops.reference import PANEL
 from octavo.worker.attention_sizes import attention_sizes
 from octavo.worker.device import DeviceRows
 from octavo.worker.logit_edits import PenaltyPool
 from octavo.worker.machine import GIB, MIB, Machine
-from octavo.worker.memory import PANEL, plan_memory, resolve_dtype, step_bytes, weight_bytes
+from octavo.worker.memory import plan_memory, resolve_dtype, step_bytes, weight_bytes
 
 BF16 = torch.bfloat16
 MACHINE = Machine("cpu", 16 * GIB, 12 * GIB, 16 * GIB)
@@ -207,6 +208,12 @@ def test_what_others_have_taken_of_a_gpu_is_not_there():
     assert shared.total <= 0.9 * 80 * GIB - 10 * GIB < shared.total + shared.block_bytes
     assert "90% of 80.00 GiB of the device (10.00 GiB of them are taken already)" in shared.rows[-1].how
     assert "taken" not in whole.rows[-1].how
+
+
+def test_a_small_share_is_told_as_it_is():
+    with pytest.raises(ConfigError, match=r"no block: 0\.1% of 80\.00 GiB"):
+        plan(LLAMA_8B, GPU, device="cuda", gpu_memory_utilization=0.001)
+    assert "what is left of 92.5% of 80.00 GiB" in plan(SMOLLM2, GPU, device="cuda", gpu_memory_utilization=0.925).rows[-1].how
 
 
 def test_llama_8b_on_a_gpu_by_hand():

@@ -1,8 +1,10 @@
-"""Flags of ``vllm serve`` that no command of Octavo's has, and what stands in their place.
+"""What vLLM has and Octavo has not, and what stands in its place: flags of ``vllm serve``, names of its SamplingParams.
 
-Owns the table, from which the refusals of all commands that load a model and a page of the documentation are made; it does
-not know parsers. Invariant: no flag stands here that Octavo has.
+Owns the tables, from which refusals by name (of every command that loads a model, of LLM's keywords, of SamplingParams) and a
+page of the documentation are made; it does not know parsers. Invariant: nothing stands here that Octavo has.
 """
+
+import re
 
 NOT_YET = "it does not exist in Octavo yet"
 ONE_DEVICE = "Octavo runs on one device so far"
@@ -114,6 +116,7 @@ REFUSED: dict[str, str] = {
     "--compilation-config": "nothing is compiled at start; " + GRAPHS,
     "-cc": "nothing is compiled at start; " + GRAPHS,
     "-O": "nothing is compiled at start",
+    "-q": "--quantization exists only to be refused: there are no quantised kernels yet",
     "--optimization-level": "nothing is compiled at start",
     "--cuda-graph-sizes": GRAPHS,
     "--cudagraph-capture-sizes": GRAPHS,
@@ -164,3 +167,17 @@ REFUSED: dict[str, str] = {
     "--gdn-prefill-backend": NO_KERNEL_CHOICE,
     "--additional-config": NOT_YET,
 }
+
+SAMPLING: dict[str, str] = {
+    "guided_decoding": "structured_outputs=StructuredOutputsParams(...) says what the output looks like",
+    "truncate_prompt_tokens": "cut the prompt yourself; requests to the server have a field of this name",
+    "extra_args": "nothing would read them; logits_processors takes functions",
+    "output_kind": "add_request(stream=...) of LLMEngine says whether outputs come while a request runs",
+    "flat_logprobs": "logprobs are a mapping for each token",
+}
+
+
+def option_instead(name: str) -> str | None:
+    """What stands in the place of one of vLLM's engine options, spelt as a keyword; None for a name that is not here."""
+    hint = REFUSED.get("--" + name.replace("_", "-"))
+    return hint and re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), hint)
