@@ -12,10 +12,10 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+from hazards import BEGINS, LEFT
 
 SECONDS = 75
 STARTED = time.monotonic()
-BEGINS, LEFT = "begins ", "no time left for "
 # Graphs cannot be captured while every tensor is an allocation of its own; the others are sizes for the plain run.
 NEVER = ("graph", "capture", "many", "long", "31_bits")
 # Tests of bits, of statistics and of lists of work by the size: more launches of kernels that the other tests launch too. In
@@ -35,7 +35,8 @@ CASES = {
     "test_windows": "[64]", "test_block_sizes": "[8]", "test_features": "ones-all",
     "test_every_type_and_head_dim": "act0-None-128-True", "test_every_group": "heads2-True",
     "test_every_block_size": "True-None-8", "test_large_scores": "[True]",
-    "test_windows_soft_caps_and_slopes": "[64-True-5.0-64-True]", "test_plain_windows_soft_caps_and_slopes": "[17-True-5.0-8]",
+    "test_windows_soft_caps_and_slopes": "[64-True-5.0-64-True]", "test_plain_float32": "[20-act0-None",
+    "test_plain_half_types": "[20-heads2-act0-None", "test_plain_windows_soft_caps_and_slopes": "[17-True-5.0-8]",
     "test_bits_do_not_depend_on_the_batch_or_on_chunks": "128-None-0-False-True",
     "test_blocks_of_the_cache": "[16-dtype0-128]", "test_groups_of_heads": "[64-heads2]", "test_window": "[100-128]",
     "test_the_gpu_draws_what_the_reference_draws": "[300-5003", "test_token_logprobs": "[5003", "test_norms": "[1024-dtype1",
@@ -50,6 +51,7 @@ LAST = ("wide_cut", "mislead", "same_bits", "same_alone", "bits_do_not_depend", 
 LOOPS: dict[str, dict[str, Any]] = {
     "test_gemm": {"ROWS": (1, 9, 17, 64)},
     "test_gemm_tile": {"ROWS": (1, 17, 40, 128), "GATED_SHAPES": ((8, 8), (200, 1016), (1000, 264), (1024, 512))},
+    "test_attention_decode": {"ROOMS": (None,)},  # after two runs with room for partial results
     "test_activation": {"WIDTHS": (7, 100, 3072, 14337, 33000)},
 }
 _left: list[str] = []

@@ -1,10 +1,10 @@
 """Builds, tests, sanitises and measures the CUDA kernels on a GPU machine: `make gpu-check PYTHON=python3`, under nine minutes.
 
-Needs the CUDA toolkit, a C++ compiler, cmake, and a Python with torch 2.11, numpy and pytest; no network, nothing is
-installed. The part "server" is left out, with a note, where the server's packages are not there. Owns the order of the
-parts, what runs side by side, the time limits, and the results file benchmarks/results/<date>-<gpu>.json (with --only its
-name ends in the parts); it does not know what a test or a benchmark does. Invariant: what fails or runs out of time hides
-nothing else, is named at the end, and makes the exit code 1.
+Needs a GPU, the CUDA toolkit, a C++ compiler, cmake, and a Python with torch 2.11, numpy and pytest; no network, nothing is
+installed. Where one of these is missing nothing is begun. The part "server" is left out, with a note, where the server's
+packages are not there. Owns the order of the parts, what runs side by side, the time limits, and the results file
+benchmarks/results/<date>-<gpu>.json (with --only its name ends in the parts); it does not know what a test or a benchmark
+does. Invariant: what fails or runs out of time hides nothing else, is named at the end, and makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import hazards
 import tree_commit
-from first_of_each import BEGINS, LEFT
+from gpu_machine import at_once, missing
+from hazards import BEGINS, LEFT
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "gpu-check"
@@ -44,7 +46,6 @@ FULL = ("--budget", "75", "--iterations", "2", "--startup")
 SHOWN = 40  # lines of a failed step's output
 REFERENCES = ("floor", "ceiling", "peer")
 ENGINE = "from support import"  # in a test file: it runs engines, which share out the GPU's memory; nothing runs beside it
-EACH = 4 << 10  # MiB of the GPU for one of the processes that run side by side: the float64 references of attention are the most
 OFFLINE = "llama-3.2-1b/sharegpt_like/t0/output_tok_s"  # what arrivals are a share of
 SOAK_MINUTES, SOAK_ENDS = 6.0, 60.0  # the whole of it; seconds for its start, and for the requests of its last round among others
 # Of an H100's 16 processors ten run one of these each. First those whose races no comparison of values would show, which are also
@@ -61,7 +62,7 @@ class Step:
     Attributes:
         name: for people. limit: seconds. environ: what it adds to the environment. beside: neighbours with the same word here
             run side by side; what is timed runs alone. figures: its last line is a JSON object of figures. late: words that are
-            known when it starts only, None for no time left.
+            known when it starts only, None for no time left. judge: why it failed, and notes, of its exit code and its output.
     """
 
     part: str
@@ -72,13 +73,18 @@ class Step:
     beside: str = ""
     figures: bool = False
     late: Callable[[Check], Sequence[str] | None] | None = None
+    judge: Callable[[int, Sequence[str]], tuple[str, list[str]]] | None = None
 
 
 def steps(
     parts: Sequence[str], engine_args: Sequence[str] = QUICK, root: Path = ROOT, python: str = sys.executable,
-    server_args: Sequence[str] = QUICK, minutes: float = SOAK_MINUTES,
+    server_args: Sequence[str] = QUICK, minutes: float = SOAK_MINUTES, sanitizer: hazards.Version = hazards.FOLLOWS,
 ) -> list[Step]:
-    """The commands of these parts, in order. engine_args, server_args: what the benchmarks of these are called with."""
+    """The commands of these parts, in order.
+
+    Args:
+        engine_args, server_args: what the benchmarks of these are called with. sanitizer: the version of compute-sanitizer.
+    """
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     paths = sorted((root / "tests" / "gpu").glob("test_*.py"))
     files = {f"tests/gpu/{path.name}": path.read_text(encoding="utf-8") for path in paths}
@@ -102,7 +108,7 @@ def steps(
         *script("server", "server_gpu", 160, *server_args),
         # Its blocks are few and its model is tiny, so a tenth of the GPU is plenty: the sanitizers beside it keep the rest.
         *script("soak", "soak_gpu", 60 * minutes + SOAK_ENDS, "--memory", "0.1", beside="sanitizer", late=partial(soak, minutes)),
-        *sanitizers(kernels, pytest),
+        *sanitizers(kernels, pytest, sanitizer),
     ]
     return [step for step in every if step.part in parts]
 
@@ -119,21 +125,25 @@ def soak(minutes: float, check: Check) -> list[str] | None:
     return ["--minutes", f"{left:.2f}", "--rounds", str(max(4, round(2 * left)))] if left >= min(minutes, 0.3) else None
 
 
-def sanitizers(files: Sequence[str], pytest: Sequence[str]) -> list[Step]:
-    """memcheck and racecheck of one case of each test of kernels, the most telling first."""
+def sanitizers(files: Sequence[str], pytest: Sequence[str], version: hazards.Version) -> list[Step]:
+    """memcheck and racecheck of one case of each test of kernels, the most telling first; racecheck where it can judge."""
     # Without torch's cache of memory every tensor is an allocation of its own, so that memcheck sees where it ends; a graph
     # cannot be captured then. Only our kernels are instrumented.
     few = (*pytest, "-p", "first_of_each", "-o", "timeout=0")
+    options = {"memcheck": ("--error-exitcode=1", "--print-limit=5"), "racecheck": hazards.OPTIONS}
 
     def step(tool: str, file: str) -> Step:
-        command = ("compute-sanitizer", "--error-exitcode=1", "--print-limit=5", "--kernel-name", "kns=octavo", f"--tool={tool}")
+        command = ("compute-sanitizer", *options[tool], "--kernel-name", "kns=octavo", f"--tool={tool}", *few, file)
         environ = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "SANITIZER": tool}
-        return Step("sanitizer", f"{tool} {Path(file).stem}", SANITIZED, (*command, *few, file), environ, beside="sanitizer")
+        judge = partial(hazards.judge, tool=version) if tool == "racecheck" else None
+        return Step("sanitizer", f"{tool} {Path(file).stem}", SANITIZED, command, environ, beside="sanitizer", judge=judge)
 
     ranks = {f"test_{name}": rank for rank, name in enumerate(SHARING)}
     first = sorted((file for file in files if Path(file).stem in ranks), key=lambda file: ranks[Path(file).stem])
     rest = [file for file in files if file not in first]
-    return [step(tool, file) for some in (first, rest) for tool in ("racecheck", "memcheck") for file in some]
+    every = [(tool, file) for some in (first, rest) for tool in ("racecheck", "memcheck") for file in some]
+    blind = hazards.unjudged(version)
+    return [step(tool, file) for tool, file in every if tool != "racecheck" or Path(file).stem not in blind]
 
 
 def default_parts(packages: Sequence[str] = SERVER_PACKAGES) -> tuple[list[str], list[str]]:
@@ -153,20 +163,6 @@ def grouped(chosen: Sequence[Step]) -> list[list[Step]]:
         else:
             groups.append([step])
     return groups
-
-
-def at_once() -> int:
-    """How many processes may use the GPU side by side: by this machine's processors, and the memory that is free on the GPU.
-
-    Two at least: the soak, which lasts until the time is over, and one that it runs beside.
-    """
-    processors = len(os.sched_getaffinity(0)) * 5 // 8
-    try:
-        query = ("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
-        free = int(subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        free = EACH * processors
-    return max(2, min(processors, free // EACH))
 
 
 @dataclass
@@ -254,6 +250,9 @@ class Check:
         """Say how a step ended, show the end of its output when it failed, and take its figures."""
         lines = log(step).read_text(encoding="utf-8", errors="replace").splitlines()
         why = "" if code == 0 else f"out of time{unended(lines)}" if code is None else f"exit code {code}"
+        if step.judge and code is not None:
+            why, notes = step.judge(code, lines)
+            self.notes += [f"{step.name}: {note}" for note in notes]
         if not why and (left := [line for line in lines if line.startswith(LEFT)]):
             why = left[-1]
         if step.figures and not why:
@@ -334,15 +333,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = sorted(set(only) - set(PARTS))
     if unknown:
         parser.error(f"unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if only != ["build"] and (lacks := missing(only)):
+        print(f"gpu-check: {lacks}", file=sys.stderr)
+        return 1
     LOGS.mkdir(parents=True, exist_ok=True)
     check = Check(options.limit, tree_commit.label(ROOT, options.commit), at_once())
+    sanitizer = hazards.version() if "sanitizer" in only else ()
     check.notes += left_out
+    if "sanitizer" in only:
+        check.notes += [f"racecheck {name}: {why}" for name, why in hazards.unjudged(sanitizer).items()]
     engine_args = shlex.split(options.engine_args) if options.engine_args else FULL if options.full else QUICK
-    for group in grouped(steps(only, engine_args, server_args=() if options.full else QUICK, minutes=options.minutes)):
+    server_args = () if options.full else QUICK
+    for group in grouped(steps(only, engine_args, server_args=server_args, minutes=options.minutes, sanitizer=sanitizer)):
         check.run(group)
-    missing = [path.name for path in EXTENSIONS if not path.is_file()]
-    if missing:  # build_ext.py succeeds without a compiler, because the package runs without kernels
-        check.failed.append(f"build: there is no {' and no '.join(missing)}")
+    unbuilt = [path.name for path in EXTENSIONS if not path.is_file()]
+    if unbuilt:  # build_ext.py succeeds without a compiler, because the package runs without kernels
+        check.failed.append(f"build: there is no {' and no '.join(unbuilt)}")
     results = document(check, words)
     print(table(check.figures))
     for note in check.notes:

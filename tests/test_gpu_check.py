@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import first_of_each
 import gpu_check
+import hazards
 from gpu_check import Check, Step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +26,8 @@ NOTED = """print('{"figures": {"b/tok_s": {"value": 5, "unit": "tok/s"}}, "notes
 @pytest.fixture(autouse=True)
 def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(gpu_check, "missing", lambda _: "")
+    monkeypatch.setattr(hazards, "version", lambda: hazards.FOLLOWS)
     (tmp_path / "logs").mkdir()
 
 
@@ -82,18 +84,6 @@ print(len(list(mine.parent.glob("*.here")))); mine.unlink(); print('{{}}')"""
     assert check.failed == []
     seen = [int((gpu_check.LOGS / f"kernels-n{i}.log").read_text().split()[0]) for i in range(5)]
     assert max(seen) == 2, seen
-
-
-def test_how_many_at_once_depends_on_processors_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def machine(processors: int, free: str) -> int:
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(processors))
-        monkeypatch.setattr(gpu_check.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=free))
-        return gpu_check.at_once()
-
-    assert [machine(16, "80000\n"), machine(16, "15000\n"), machine(64, "6000\n80000\n"), machine(2, "80000")] == [10, 3, 2, 2]
-    assert machine(16, "[N/A]") == 10
-    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
-    assert gpu_check.at_once() == 10
 
 
 def test_words_that_are_known_late(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +176,67 @@ def test_a_sanitizer_that_did_not_end_names_the_case(capsys: pytest.CaptureFixtu
         check.run([Step("sanitizer", name, limit, (sys.executable, "-c", code))])
     assert check.failed == ["sanitizer/hangs (out of time in b[x])", "sanitizer/short (no time left for b, c)"]
     assert "whole: ok (1 passed in 3 s)" in capsys.readouterr().out
+
+
+def test_reports_of_racecheck_are_judged_and_those_of_memcheck_count(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = {step.name.partition(" ")[0]: step for step in gpu_check.steps(["sanitizer"], sanitizer=(2025, 3))}
+    assert {"--print-limit=0", "--num-cuda-barriers=32", f"--error-exitcode={hazards.FOUND}"} <= set(steps["racecheck"].command)
+    assert "--error-exitcode=1" in steps["memcheck"].command
+    check = Check(60)
+    for tool, name, place, code in (
+        ("racecheck", "flag", "attention_decode.cuh:133", 86), ("racecheck", "race", "norm.cu:7", 86),
+        ("racecheck", "barrier", "hopper.cuh:80", 86), ("racecheck", "test", "attention_decode.cuh:133", 1),
+        ("racecheck", "quiet", "", 0), ("memcheck", "memory", "attention_decode.cuh:133", 86),
+    ):
+        said = [f"= Error: Race reported between Read access at f+0x1 in {place}",
+                "=     and Write access at g+0x2 in x.cuh:1 [3 hazards]"]
+        count = f"= RACECHECK SUMMARY: {int(bool(place))} hazards displayed"
+        words = "\n".join(["1 passed", *(said if place else []), count])
+        command = (sys.executable, "-c", f"print({words!r}); raise SystemExit({code})")
+        check.run([Step("sanitizer", name, 60, command, judge=steps[tool].judge)])
+    assert check.failed == [
+        "sanitizer/race (races: 1, the first between norm.cu:7 and x.cuh:1)", "sanitizer/test (exit code 1)",
+        "sanitizer/memory (exit code 86)",
+    ]
+    assert [note.partition(":")[0] for note in check.notes] == ["flag", "barrier"]
+    assert "sanitizer: flag: ok" in capsys.readouterr().out
+
+
+def test_racecheck_is_left_out_with_a_note_where_it_cannot_judge(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = {step.name for step in gpu_check.steps(["sanitizer"])}
+    few = {step.name for step in gpu_check.steps(["sanitizer"], sanitizer=(2025, 3, 1))}
+    assert every - few == {"racecheck test_gemm_tile", "racecheck test_attention_sm90"} and few < every
+    monkeypatch.setattr(gpu_check, "EXTENSIONS", ())
+    monkeypatch.setattr(hazards, "version", lambda: (2025, 3, 1, 0))
+    monkeypatch.setattr(gpu_check, "steps", lambda *_, sanitizer, **__: [step("good", GOOD)] if sanitizer < (2026,) else [])
+    monkeypatch.setattr(gpu_check, "place", lambda *_: gpu_check.LOGS / "results.json")
+    assert gpu_check.main(["--only", "sanitizer"]) == 0
+    note = "racecheck test_gemm_tile: not judged: compute-sanitizer 2025.3.1 does not follow mbarriers"
+    assert f"note: {note}\n" in capsys.readouterr().out
+    assert note in json.loads((gpu_check.LOGS / "results.json").read_text())["notes"]
+
+
+def test_nothing_is_begun_where_something_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = list[list[str]]()
+    monkeypatch.setattr(gpu_check, "steps", lambda parts, *_, **__: begun.append(parts) or [])
+    monkeypatch.setattr(gpu_check, "EXTENSIONS", ())
+    monkeypatch.setattr(gpu_check, "missing", lambda parts: f"no GPU for {' '.join(parts)}.")
+    for parts in ("tests", "build,soak"):
+        assert gpu_check.main(["--only", parts]) == 1
+        said = capsys.readouterr()
+        assert said.err == f"gpu-check: no GPU for {parts.replace(',', ' ')}.\n" and said.out == ""
+    assert gpu_check.main(["--only", "build"]) == 0, "kernels are built without a GPU"
+    assert begun == [["build"]]
+
+
+def test_a_python_without_pytest_is_told_so() -> None:
+    blind = "import importlib.util, sys; sys.modules['pytest'] = sys.modules['torch'] = None; find = importlib.util.find_spec; "
+    blind += "importlib.util.find_spec = lambda name: None if name in ('pytest', 'torch') else find(name); "
+    code = blind + "sys.path.insert(0, 'scripts'); import gpu_check; sys.exit(gpu_check.main(['--only', 'tests']))"
+    done = subprocess.run((sys.executable, "-c", code), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith(" has no torch and no pytest.\n") and done.stderr.count("\n") == 1
 
 
 def test_the_server_is_left_out_where_its_packages_are_not() -> None:
@@ -311,3 +362,25 @@ def test_what_the_sanitizers_choose_by_name_is_there() -> None:
     assert all(set(loops) <= names[module] for module, loops in first_of_each.LOOPS.items())
     words = {*first_of_each.NEVER, *first_of_each.LAST, *(w for some in first_of_each.REPEATS.values() for w in some)}
     assert [word for word in words if not any(word in name for name in functions)] == []
+
+
+def test_the_cases_for_the_sanitizers_are_there(tmp_path: Path) -> None:
+    """Of every function that a case is chosen for by a part of its id, a case has it: collected as on a GPU machine."""
+    (tmp_path / "pretended.py").write_text("""
+import torch
+from octavo import ops
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+torch.cuda.mem_get_info = lambda *_: (80 << 30, 80 << 30)
+ops.load_cuda = lambda: None
+""")
+    files = [path for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py")) if gpu_check.ENGINE not in path.read_text()]
+    words = ("-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "pretended", *map(str, files))
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run((sys.executable, *words), cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = dict[str, list[str]]()
+    for line in done.stdout.splitlines():
+        name, _, case = line.rpartition("::")[2].partition("[")
+        cases.setdefault(name, []).append(f"[{case}")
+    assert [name for name, part in first_of_each.CASES.items() if not any(part in case for case in cases[name])] == []

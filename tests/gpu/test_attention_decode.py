@@ -1,8 +1,6 @@
 """Decode attention: the values against float64, and the promise that bits depend on nothing but a token's own query and keys.
 
-Cells that no token was written to hold NaN, blocks that nobody owns too, and unused entries of the block tables (those that have
-left a window among them) name no block. Every case is computed with room for partial results, without room, and without a plan:
-the bits must be the same.
+Every case is computed with room for partial results, without room, and without a plan: the bits must be the same.
 
 Tolerance: scores and softmax are float32; the weights are rounded to the type of the products (half a unit: 2^-8 of bfloat16,
 2^-11 of float16, whose weights below 2^-14 lose more, but add less), and the output once more: both bound by the sum of weighted
@@ -10,91 +8,26 @@ Tolerance: scores and softmax are float32; the weights are rounded to the type o
 """
 
 import math
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import replace
 
 import pytest
+import steps
 import torch
+from steps import BF16, E4M3, F16, ONES, Case
 
 import octavo.ops as ops
 from octavo.ops.attention import partial_floats, work_ints
 
-BF16, F16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
-NO_BLOCK = -7
 ROUNDING = {BF16: 2.0**-8, F16: 2.0**-11}
 ROOM = 4096  # partial results
 ROOMS = (0, 40, None)  # give the same bits
-# (new tokens, keys); a context of 0 is padding
-ONES = ((1, 1), (1, 15), (1, 16), (1, 17), (1, 255), (1, 0), (1, 256), (1, 257), (1, 300), (1, 1023), (1, 2100), (1, 63), (1, 0))
+# (new tokens, keys)
 SHORT = ((3, 3), (1, 300), (8, 8), (2, 0), (8, 600), (5, 17), (1, 1), (4, 1030), (7, 263))
 LONG = ((1, 9000), (1, 4100))
 
 
-@dataclass(frozen=True)
-class Case:
-    """A step: (new tokens, keys) per sequence, and the model's side of attention."""
-
-    sequences: tuple[tuple[int, int], ...] = ONES
-    heads: tuple[int, int] = (8, 2)
-    head_dim: int = 128
-    act: torch.dtype = BF16
-    kv: torch.dtype | None = None  # act
-    block_size: int = 16
-    window: int = 0
-    softcap: float = 0.0
-    alibi: bool = False
-    size: float = 1.0  # of the queries
-    seed: int = 0
-
-
-@dataclass
-class Step:
-    """The tensors of a Case on the GPU."""
-
-    case: Case
-    q: torch.Tensor = field(init=False)
-    k: torch.Tensor = field(init=False)
-    v: torch.Tensor = field(init=False)
-
-    def __post_init__(self):
-        case = self.case
-        heads, kv_heads = case.heads
-        cpu = torch.Generator().manual_seed(case.seed)
-        random = torch.Generator("cuda").manual_seed(case.seed)
-        self.kv_dtype = case.kv or case.act
-        self.scales = (0.75, 1.5) if self.kv_dtype == E4M3 else (1.0, 1.0)
-        needed = [-(-keys // case.block_size) for _, keys in case.sequences]
-        num_rows, num_blocks = len(needed) + 2, sum(needed) + 2
-        owned = torch.randperm(num_blocks, generator=cpu).to(torch.int32)
-        tables = torch.full((num_rows, max(needed) + 1), NO_BLOCK, dtype=torch.int32)
-        rows = torch.randperm(num_rows, generator=cpu)[: len(needed)].to(torch.int32)
-        low, high = (torch.zeros(num_blocks, dtype=torch.int32) for _ in range(2))  # the cells of a block that hold tokens
-        at = 0
-        for row, (new, keys) in zip(rows.tolist(), case.sequences, strict=True):
-            count = -(-keys // case.block_size)
-            blocks = owned[at : at + count]
-            at += count
-            tables[row, :count] = blocks
-            start = torch.arange(count, dtype=torch.int32) * case.block_size
-            high[blocks.long()] = (keys - start).clamp(max=case.block_size)
-            if case.window:  # what no new token sees any more is poisoned; its blocks have been given back
-                first = max(0, keys - new - case.window + 1)
-                low[blocks.long()] = (first - start).clamp(0, case.block_size)
-                tables[row, : first // case.block_size] = NO_BLOCK
-        cell = torch.arange(case.block_size)
-        empty = ((cell >= high.unsqueeze(1)) | (cell < low.unsqueeze(1))).cuda()[:, :, None, None]
-        shape = (num_blocks, case.block_size, kv_heads, case.head_dim)
-        made = [torch.randn(shape, generator=random, device="cuda").masked_fill_(empty, math.nan) for _ in range(2)]
-        self.k, self.v = ((x / scale).to(self.kv_dtype) for x, scale in zip(made, self.scales, strict=True))
-        self.tables, self.rows = tables.cuda(), rows.cuda()
-        counts = [new for new, _ in case.sequences]
-        self.starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device="cuda")
-        self.contexts = torch.tensor([keys for _, keys in case.sequences], dtype=torch.int32, device="cuda")
-        # Rows of q lie further apart than they are long: a part of the fused projection.
-        wide = torch.randn(sum(counts), heads + 2 * kv_heads, case.head_dim, generator=random, device="cuda") * case.size
-        self.q = wide.to(case.act)[:, :heads]
-        self.slopes = torch.linspace(0.01, 0.4, heads, device="cuda") if case.alibi else None
-        self.max_query = max(counts)
+class Step(steps.Step):
+    """A step that the decode kernel takes."""
 
     def run(self, room: int | None = ROOM, max_query: int = 0, only: int | None = None) -> torch.Tensor:
         """The output on poison; room None: without a plan. only: one sequence of the step, as a step of its own."""
@@ -121,32 +54,13 @@ class Step:
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Float64 results, the sums of weighted |values|, and which rows belong to a sequence."""
-        case = self.case
-        heads, kv_heads = case.heads
         out = torch.zeros(self.q.shape, dtype=torch.float64, device="cuda")
         bound, used = torch.zeros_like(out), torch.zeros(len(out), dtype=torch.bool, device="cuda")
-        starts = self.starts.tolist()
-        for s, (new, keys) in enumerate(case.sequences):
-            if keys == 0:
-                continue
-            first = max(0, keys - new - case.window + 1) if case.window else 0
-            at = torch.arange(first, keys, device="cuda")
-            blocks = self.tables[self.rows[s].long(), at // case.block_size].long()
-            k, v = (cache[blocks, at % case.block_size].double() * scale
-                    for cache, scale in zip((self.k, self.v), self.scales, strict=True))
-            k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
-            span = slice(starts[s], starts[s + 1])
-            scores = torch.einsum("qhd,khd->hqk", self.q[span].double(), k) * case.head_dim**-0.5
-            if case.softcap:
-                scores = case.softcap * torch.tanh(scores / case.softcap)
-            distance = at - torch.arange(keys - new, keys, device="cuda").unsqueeze(1)
-            if self.slopes is not None:
-                scores = scores + self.slopes.double()[:, None, None] * distance
-            hidden = (distance > 0) | ((distance <= -case.window) if case.window else (distance > 0))
-            weights = torch.softmax(scores.masked_fill(hidden, -math.inf), -1)
-            out[span] = torch.einsum("hqk,khd->qhd", weights, v)
-            bound[span] = torch.einsum("hqk,khd->qhd", weights, v.abs())
-            used[span] = True
+        for s, (_, keys) in enumerate(self.case.sequences):
+            if keys:
+                span = self.tokens(s)
+                out[span], bound[span] = self.oracle(s)
+                used[span] = True
         return out, bound, used
 
 

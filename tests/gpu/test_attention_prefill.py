@@ -1,8 +1,5 @@
 """Prefill attention on tensor cores, and the plain kernel, against float64; and what both promise by the bit.
 
-Everything around the data is poisoned: cells that hold no token are NaN, blocks that nobody owns too, entries of the block tables
-that are not in use name no block, and so do the blocks that have left a window.
-
 Tolerances: the scores and the softmax are float32, within 1e-5 of the sum of the weighted |values| here. On tensor cores the
 weights are rounded to the type of q (half a unit: 2^-8 for bfloat16, 2^-11 for float16, whose smallest weights are also cut at
 2^-25 each), and the output once more.
@@ -11,11 +8,12 @@ ALiBi slopes, be they zero, keep a step from the kernel for Hopper: so the porta
 """
 
 import math
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import dataclass, replace
 
 import pytest
+import steps
 import torch
+from steps import BF16, E4M3, F16, F32, NO_BLOCK
 
 import octavo.ops as ops
 from octavo.errors import ConfigError
@@ -26,8 +24,6 @@ try:
 except ConfigError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-BF16, F16, F32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
-NO_BLOCK = -7
 PARTIALS = 512  # room for so many
 SHORT = 8  # sequences with up to so many new tokens are the decode kernel's
 ROUNDING = {BF16: 2.0**-8, F16: 2.0**-11, F32: 2.0**-24}
@@ -36,69 +32,17 @@ MIXED = ((9, 9), (1, 300), (70, 600), (1, 0), (33, 33), (128, 128), (8, 100), (1
 
 
 @dataclass(frozen=True)
-class Case:
-    """A step: (new tokens, keys) per sequence, and the model's side of attention."""
+class Case(steps.Case):
+    """With the sequences that are taken where nothing else is said."""
 
     sequences: tuple[tuple[int, int], ...] = MIXED
-    heads: tuple[int, int] = (8, 2)
-    head_dim: int = 128
-    act: torch.dtype = BF16
-    kv: torch.dtype | None = None  # act
-    block_size: int = 16
-    window: int = 0
-    softcap: float = 0.0
-    alibi: bool = False
-    portable: bool = False  # slopes of zero where there are none
-    size: float = 1.0  # of the queries
-    seed: int = 0
 
 
-@dataclass
-class Step:
-    """The tensors of a Case on the GPU; run() plans and calls the operator on a poisoned output."""
+class Step(steps.Step):
+    """A step that plans and calls the operator on a poisoned output."""
 
-    case: Case
-    q: torch.Tensor = field(init=False)
-    k: torch.Tensor = field(init=False)
-    v: torch.Tensor = field(init=False)
-
-    def __post_init__(self):
-        case = self.case
-        heads, kv_heads = case.heads
-        cpu = torch.Generator().manual_seed(case.seed)
-        random = torch.Generator("cuda").manual_seed(case.seed)
-        self.kv_dtype = case.kv or case.act
-        self.scales = (0.75, 1.5) if self.kv_dtype == E4M3 else (1.0, 1.0)
-        needed = [-(-keys // case.block_size) for _, keys in case.sequences]
-        num_rows, num_blocks = len(needed) + 2, sum(needed) + 2
-        owned = torch.randperm(num_blocks, generator=cpu).to(torch.int32)
-        tables = torch.full((num_rows, max(needed) + 1), NO_BLOCK, dtype=torch.int32)
-        rows = torch.randperm(num_rows, generator=cpu)[: len(needed)].to(torch.int32)
-        used = torch.zeros(num_blocks, dtype=torch.int32)  # tokens in a block
-        at = 0
-        for row, (new, keys) in zip(rows.tolist(), case.sequences, strict=True):
-            count = -(-keys // case.block_size)
-            blocks = owned[at : at + count]
-            at += count
-            tables[row, :count] = blocks
-            used[blocks.long()] = (keys - torch.arange(count, dtype=torch.int32) * case.block_size).clamp(max=case.block_size)
-            if case.window:  # what no new token sees any more has been given back
-                gone = max(0, keys - new - case.window + 1) // case.block_size
-                tables[row, :gone] = NO_BLOCK
-                used[blocks[:gone].long()] = 0
-        empty = (torch.arange(case.block_size) >= used.unsqueeze(1)).cuda()[:, :, None, None]
-        shape = (num_blocks, case.block_size, kv_heads, case.head_dim)
-        made = [torch.randn(shape, generator=random, device="cuda").masked_fill_(empty, math.nan) for _ in range(2)]
-        self.k, self.v = ((x / scale).to(self.kv_dtype) for x, scale in zip(made, self.scales, strict=True))
-        self.tables, self.rows = tables.cuda(), rows.cuda()
-        counts = [new for new, _ in case.sequences]
-        self.starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device="cuda")
-        self.contexts = torch.tensor([keys for _, keys in case.sequences], dtype=torch.int32, device="cuda")
-        # q is a slice of a fused projection in real life: its rows are further apart than they are long
-        q = torch.randn(sum(counts), heads + 2, case.head_dim, generator=random, device="cuda") * case.size
-        self.q = q.to(case.act)[:, :heads]
-        slopes = torch.rand(heads, generator=random, device="cuda")
-        self.slopes = slopes if case.alibi else slopes * 0 if case.portable else None
+    def __init__(self, case: Case) -> None:
+        super().__init__(case, whole_blocks=True, gap=2, random_slopes=True)
 
     def call(self, q, rows, starts, contexts, max_query):
         """The operator on poisoned memory."""
@@ -116,28 +60,6 @@ class Step:
         contexts = self.contexts[sequence : sequence + 1] - (new - end)
         starts = torch.tensor([0, end - begin], dtype=torch.int32, device="cuda")
         return self.call(self.q[start + begin : start + end], self.rows[sequence : sequence + 1], starts, contexts, end - begin)
-
-    def tokens(self, sequence):
-        return slice(int(self.starts[sequence]), int(self.starts[sequence + 1]))
-
-    def oracle(self, sequence):
-        """Softmax over all visible keys at once, in float64: the output, and the weighted sum of |values|."""
-        case, group = self.case, self.case.heads[0] // self.case.heads[1]
-        new, keys = case.sequences[sequence]
-        first = max(0, keys - new - case.window + 1) if case.window else 0
-        j = torch.arange(first, keys, device="cuda")
-        blocks = self.tables[self.rows[sequence].long(), j // case.block_size].long()
-        cells = (blocks, j % case.block_size)
-        k, v = (x[cells].double().repeat_interleave(group, 1) * s for x, s in zip((self.k, self.v), self.scales, strict=True))
-        scores = torch.einsum("qhd,khd->hqk", self.q[self.tokens(sequence)].double(), k) * case.head_dim**-0.5
-        if case.softcap > 0:
-            scores = case.softcap * torch.tanh(scores / case.softcap)
-        distance = torch.arange(keys - new, keys, device="cuda").unsqueeze(1) - j
-        if self.slopes is not None:
-            scores = scores - self.slopes.double().view(-1, 1, 1) * distance
-        hidden = (distance < 0) | ((distance >= case.window) if case.window else False)
-        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
-        return torch.einsum("hqk,khd->qhd", weights, v), torch.einsum("hqk,khd->qhd", weights, v.abs())
 
     def check(self, out, tensor_cores=True):
         """Every output that belongs to the kernels of this file is near the oracle; rows of padding are as they were."""
