@@ -11,6 +11,7 @@ a graph (wanted: at least 95 %). The first requests warm up and do not count. A 
 
 import argparse
 import datetime
+import gc
 import itertools
 import json
 import random
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from octavo import EngineArgs, LLMEngine
     from octavo.bench.workload import read_lengths
 
+    gc.freeze()  # as docs/python-api.md advises whoever drives an engine
     work = read_lengths(str(LENGTHS))
     lengths = list(work.lengths)[: args.requests] if args.requests else list(work.lengths)
     offline = args.offline or offline_rate(args)

@@ -6,7 +6,6 @@ request of its batch has started.
 """
 
 import contextlib
-import gc
 import itertools
 import signal
 import threading
@@ -31,11 +30,6 @@ logger = log.get_logger(__name__)
 
 DEFAULT_MAX_TOKENS = 16
 Messages = Sequence[Mapping[str, Any]]
-
-
-# What has been imported stays, so full garbage collections need not look at it: each would hold a step for a tenth of a second.
-# Here and not in a constructor, because an engine that exists already would never be collected when it is dropped.
-gc.freeze()
 
 
 class LLMEngine:
@@ -333,8 +327,8 @@ def _interrupt_afterwards() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if held:
-        raise KeyboardInterrupt
+        if held:  # also where the block has failed: who presses Ctrl-C wants the end of everything
+            raise KeyboardInterrupt
 
 
 def _progress(total: int) -> Any:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from octavo.absent import SAMPLING
 from octavo.errors import RequestError
@@ -29,6 +29,7 @@ NUMBERS = ("n", "best_of", "presence_penalty", "frequency_penalty", "repetition_
            "min_p", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "length_penalty")
 
 LogitsProcessor = Callable[[list[int], Any], Any]
+C = TypeVar("C", bound=type[Any])
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -122,20 +123,24 @@ def _json_copy(value: dict[str, Any]) -> Any:
 
 
 def _refuse_absent(values: Mapping[str, Any]) -> None:
-    for name in values:
-        if name in SAMPLING:
+    for name in SAMPLING:
+        if name in values:
             raise RequestError(
-                f"{name} is a sampling parameter of vLLM that Octavo does not have: {SAMPLING[name]}.", name, "unsupported_field")
+                f"{name} is a sampling parameter of vLLM that Octavo does not have: {SAMPLING[name]}.", name,
+                "unsupported_field") from None
 
 
-def _says_what_stands_in_place(cls: type[Any]) -> type[Any]:
+def _says_what_stands_in_place(cls: C) -> C:
     """Let the constructor name what it lacks and vLLM has; Python's own error would not say what to write."""
     made = cls.__init__
 
     @wraps(made)
     def checked(self: Any, **values: Any) -> None:
-        _refuse_absent(values)
-        made(self, **values)
+        try:
+            made(self, **values)
+        except TypeError:
+            _refuse_absent(values)
+            raise
 
     cls.__init__ = checked
     return cls

@@ -1,7 +1,10 @@
 """SamplingParams: every value out of range is an error that names field and value; what exists is valid."""
 
+import copy
 import dataclasses
+import inspect
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -127,6 +130,20 @@ def test_a_parameter_of_vllm_s_is_refused_with_what_stands_in_its_place(name: st
 def test_a_name_that_nobody_has_is_python_s_own_error() -> None:
     with pytest.raises(TypeError, match="temprature"):
         SamplingParams(temprature=0.5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"SamplingParams.*positional"):
+        SamplingParams(3)  # type: ignore[misc]
+
+
+def test_the_constructor_is_a_dataclass_s_to_tools_and_subclasses() -> None:
+    assert list(inspect.signature(SamplingParams).parameters) == [f.name for f in dataclasses.fields(SamplingParams)]
+    params = SamplingParams(temperature=0.5, stop="x", logit_bias={3: 1.0})
+    assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == dataclasses.replace(params) == params
+
+    @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+    class More(SamplingParams):
+        extra_args: int = 0  # a name of vLLM's, which a subclass may have
+
+    assert More(extra_args=2, n=3).clone(temperature=0.0) == More(extra_args=2, n=3, temperature=0.0)
 
 
 def test_it_is_frozen_and_clone_checks_again() -> None:

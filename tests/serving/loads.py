@@ -1,4 +1,4 @@
-"""Load runs (promises.md 4.4): what many clients do to a server on purpose, in any size; tests run small ones, the soak large.
+"""Load runs: what many clients do to a server on purpose, in any size; tests run small ones, the soak large.
 
 Each returns figures and raises AssertionError for a broken promise; what must hold afterwards is Served.settle's to say.
 """

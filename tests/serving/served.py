@@ -153,7 +153,7 @@ class Served:
         return self.log_path.read_text(errors="replace")
 
     def settle(self, *, restarted: bool = False, errors: bool = False, within: float = 3.0) -> None:
-        """Check what must hold after every case (promises.md 4.1).
+        """Check what must hold after every case.
 
         Args:
             restarted: the engine process is another one than before. errors: exceptions in the log are expected.

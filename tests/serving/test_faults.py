@@ -1,4 +1,4 @@
-"""Faults on purpose (promises.md 4.3): what is killed, stopped, full or broken costs what it must, and nothing else."""
+"""Faults on purpose: what is killed, stopped, full or broken costs what it must, and nothing else."""
 
 import asyncio
 import errno

@@ -1,4 +1,4 @@
-"""Load in sizes that two processors carry in seconds; scripts/soak_server.py runs the same with the sizes of promises.md 4.4."""
+"""Load in sizes that two processors carry in seconds; scripts/soak_server.py runs the same in earnest."""
 
 import asyncio
 import re

@@ -1,4 +1,4 @@
-"""Faults of one process among several, and of the terminal (promises.md 4.3, F04, F06, F10): the others go on."""
+"""Faults of one process among several, and of the terminal: the others go on."""
 
 import asyncio
 import os

@@ -28,18 +28,29 @@ class Refusal:
         return f"refusal {self.code}"
 
 
+class Clock:
+    """Stands still unless a test moves it on, so that a machine that is slow changes nothing."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
 class Driver:
     """Registered pieces by their start, and all that ever were; refuses from the n-th piece on."""
 
     def __init__(self):
         self.pieces, self.pages, self.seen, self.accepts = {}, set(), [], math.inf
-        self.asked = False
+        self.asked, self.clock, self.takes = False, Clock(), 0.0
         self.gate, self.began = threading.Event(), threading.Event()
         self.gate.set()
 
     def cudaHostRegister(self, start, size, flags):
         self.asked = True
         assert self.gate.wait(10)
+        self.clock.now += self.takes
         if len(self.seen) >= self.accepts:
             return Refusal(2)
         pages = set(range(start // PAGE, -(-(start + size) // PAGE)))
@@ -63,6 +74,13 @@ def driver(monkeypatch):
     monkeypatch.setattr(host_pool, "PAUSE", 0.001)
     monkeypatch.setattr(host_pool, "QUIET", 0.001)
     return driver
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(host_pool, "time", clock)
+    return clock
 
 
 def started(*shape, dtype=torch.uint8):
@@ -118,43 +136,58 @@ def test_nobody_gets_it_before_all_of_it_is_pinned(driver):
     pool.close()
 
 
-def test_nothing_is_pinned_before_the_start_or_while_steps_are_launched(driver, monkeypatch):
-    monkeypatch.setattr(host_pool, "QUIET", 0.2)
+def test_nothing_is_pinned_before_the_start_or_while_steps_are_launched(driver, clock, monkeypatch):
+    monkeypatch.setattr(host_pool, "QUIET", 0.02)
     pool = HostPool((40 * PAGE,), torch.uint8)
-    time.sleep(0.25)
+    clock.now += 1.0
+    time.sleep(0.05)
     assert driver.seen == [] and not pool.ready
     pool.start()
-    for _ in range(25):
+    for _ in range(10):
+        clock.now += 0.019
         pool.stepped()
         time.sleep(0.01)
     assert driver.seen == [], "it was pinned between two steps though nobody needs it yet"
-    until(lambda: pool.ready)  # no step for a while: all of it, without pauses
+    clock.now += 0.021  # no step for a while: all of it, without pauses
+    until(lambda: pool.ready)
     assert len(driver.seen) >= 10
     pool.close()
 
 
-def test_blocks_that_are_expected_are_pinned_between_steps_with_pauses(driver, monkeypatch):
+def test_blocks_that_are_expected_are_pinned_between_steps_with_pauses(driver, clock, monkeypatch):
     monkeypatch.setattr(host_pool, "QUIET", 60.0)
     monkeypatch.setattr(host_pool, "PAUSE", 0.05)
     pool = started(40 * PAGE)
     pool.expect()
-    begun = time.monotonic()
-    until(lambda: len(driver.seen) >= 4)
-    assert time.monotonic() - begun >= 0.2 and not pool.ready
+
+    def some() -> bool:
+        clock.now += 0.01
+        assert len(driver.seen) <= clock.now / 0.05
+        return len(driver.seen) >= 4
+
+    until(some)
+    assert not pool.ready
     pool.expect()
     pool.wait()
     assert pool.ready
     pool.close()
 
 
-def test_a_piece_that_took_long_makes_a_longer_pause(driver, monkeypatch):
+def test_a_piece_that_took_long_makes_a_longer_pause(driver, clock, monkeypatch):
     monkeypatch.setattr(host_pool, "QUIET", 60.0)
-    monkeypatch.setattr(host_pool, "SHARE", 10**6)
+    driver.clock, driver.takes = clock, 0.01
     pool = started(40 * PAGE)
     pool.expect()
-    assert driver.began.wait(10)
-    time.sleep(0.1)
-    assert len(driver.seen) == 1
+
+    def seen(number: int, step: float) -> bool:
+        clock.now += step
+        return len(driver.seen) >= number
+
+    until(lambda: seen(1, 0.001))
+    for _ in range(20):
+        assert not seen(2, 0.025)  # 0.5 s of the 0.6 that the first one is worth
+        time.sleep(0.002)
+    until(lambda: seen(2, 0.025))
     pool.close()
 
 
@@ -210,6 +243,25 @@ def test_a_driver_that_breaks_is_an_error_too(monkeypatch, driver):
     pool = HostPool((20 * PAGE,), torch.uint8)
     with pytest.raises(ConfigError, match="could not be pinned: the driver is gone"):
         pool.wait()
+
+
+def test_an_error_without_words_is_an_error_too(monkeypatch, driver):
+    def broken():
+        raise MemoryError
+
+    monkeypatch.setattr(torch.cuda, "cudart", broken)
+    pool = HostPool((20 * PAGE,), torch.uint8)
+    with pytest.raises(ConfigError, match="could not be pinned: MemoryError"):
+        pool.wait()
+
+
+def test_nobody_gets_it_when_it_is_closed(driver, monkeypatch):
+    monkeypatch.setattr(host_pool, "QUIET", 60.0)
+    for pool in (HostPool((20 * PAGE,), torch.uint8), started(20 * PAGE)):
+        pool.close()
+        with pytest.raises(ConfigError, match="could not be pinned: the pool is closed"):
+            pool.wait()
+    assert driver.seen == []
 
 
 def test_it_may_be_made_where_no_gradients_are_kept(driver):
