@@ -110,7 +110,9 @@ def test_a_request_that_never_began_has_what_it_has(monkeypatch: pytest.MonkeyPa
     assert "gen_ai.latency.e2e" in keys and "gen_ai.latency.time_in_queue" not in keys and "gen_ai.request.max_tokens" not in keys
 
 
-def test_a_collector_that_hangs_costs_a_moment_at_the_end_and_requests_nothing() -> None:
+def test_a_collector_that_hangs_costs_a_moment_at_the_end_and_requests_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "1")  # seconds for each of several batches
+    before = set(threading.enumerate())
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         tracer = Tracer(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1/traces", "small")
         now = time.monotonic()
@@ -120,6 +122,9 @@ def test_a_collector_that_hangs_costs_a_moment_at_the_end_and_requests_nothing()
         begun = time.monotonic()
         tracer.close()
         assert time.monotonic() - begun < FLUSH_SECONDS + 1.0
+    for left in set(threading.enumerate()) - before:  # what they draw from `random` would disturb tests that follow
+        left.join(60)
+        assert not left.is_alive(), left.name
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:4317", "grpc://x:4317", "", "/v1/traces"])
