@@ -6,7 +6,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help install ext cuda cuda-all gpu-check serve demo test clients soak lint docs config-docs bench clean
+.PHONY: help install ext cuda cuda-all gpu-check serve demo test emulated clients soak lint docs config-docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -44,6 +44,9 @@ demo: ext  ## answer a batch of prompts with a real model (fetches 98 MB the fir
 
 test: ext  ## run the tests
 	@$(BIN)/python -m pytest
+
+emulated: ext  ## run the CUDA kernels on the CPU, and see that faults in them are found (EMULATED="-k decode"; docs/add-a-kernel.md)
+	@$(BIN)/python -m pytest tests/emulated/test_*.py tests/emulated/check_mutations.py $(EMULATED)
 
 clients: ext  ## try the server with clients from PyPI and npm (installs them under build/clients the first time)
 	@$(BIN)/python scripts/clients.py $(CLIENTS)

@@ -94,7 +94,7 @@ STABLE_TORCH_LIBRARY(octavo, m) {
   m.def(
       "paged_attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor rows, "
       "Tensor query_start, Tensor context_len, float scale, int window, float softcap, Tensor? alibi_slopes, "
-      "float k_scale=1.0, float v_scale=1.0, Tensor? work=None, Tensor(b!)? partials=None, int max_query=0) -> ()");
+      "float k_scale=1.0, float v_scale=1.0, Tensor(b!)? work=None, Tensor(c!)? partials=None, int max_query=0) -> ()");
 
   m.def("pack_linear(Tensor weight) -> Tensor");
   m.def("linear(Tensor(a!) out, Tensor x, Tensor packed, Tensor? bias, int n) -> ()");

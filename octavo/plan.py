@@ -103,7 +103,8 @@ class StepPlan(msgspec.Struct, kw_only=True):
         sample_pos: int32 [S] index that the sampled token gets in its row; third word of the random counter.
         sample_generations: int32 [S] generation of each sampling row.
         new: rows that start. ended: int32 rows whose owner is gone.
-        append_rows, append_index, append_blocks: int32 [A]; block table[row, index] = block.
+        append_rows, append_index, append_blocks: int32 [A]; block table[row, index] = block. No entry comes twice, nor one that
+            ``new`` fills: a GPU writes them all at once.
         forced_rows, forced_tokens: int32 [F] tokens chosen by the host, appended to the row before the computation.
         copies: int32 [N, 2] device block src -> dst. swap_out: device -> host block. swap_in: host -> device block.
     """

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(threads) begin(Step p) {
     p.query_start[i] = used ? first[i] : t_used;
     p.context_len[i] = used ? start[i] + count[i] : 0;
   }
-  if (tid == 0 && p.seqs > 0) p.query_start[p.seqs] = t_used;
+  if (tid == 0) p.query_start[p.seqs] = t_used;
 
   for (int t = tid; t < p.tokens; t += threads) {
     int64_t id = -1, position = 0, slot = -1;
