@@ -68,6 +68,9 @@ inline Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.
 // x * 2^n for whole n within [-252, 254], rounded once or twice at the edge of the range
 inline Vec scale_by_power(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// Lanes that hold two bfloat16 each: the first of them, and the second, as floats.
+inline Vec low_bfloat16(Vec a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))}; }
+inline Vec high_bfloat16(Vec a) { return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(-65536)))}; }
 
 inline float reduce_add(Vec a) {
   __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
@@ -171,6 +174,9 @@ inline Vec scale_by_power(Vec x, Vec n) {
   return {_mm256_mul_ps(_mm256_mul_ps(x.v, a), b)};
 }
 inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// Lanes that hold two bfloat16 each: the first of them, and the second, as floats.
+inline Vec low_bfloat16(Vec a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 16))}; }
+inline Vec high_bfloat16(Vec a) { return {_mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(-65536)))}; }
 
 inline float reduce_add(Vec a) {
   __m128 c = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -265,6 +271,9 @@ inline Vec round(Vec a) {
   const Float4 shift = Float4{} + 12582912.0f;
   return {(a.v + shift) - shift};
 }
+// Lanes that hold two bfloat16 each: the first of them, and the second, as floats.
+inline Vec low_bfloat16(Vec a) { return {(Float4)((Int4)a.v << 16)}; }
+inline Vec high_bfloat16(Vec a) { return {(Float4)((Int4)a.v & -65536)}; }
 
 inline float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float reduce_max(Vec a) {

@@ -132,6 +132,12 @@ def test_windows_soft_caps_and_slopes(impl, window, alibi, softcap):
     torch.testing.assert_close(step.run(impl).double(), step.oracle(), atol=6e-6, rtol=0)
 
 
+def test_single_tokens_of_many_heads(impl, on_threads):
+    step = Step(Case(((1, 300), (1, 77), (1, 256)), heads=(32, 8), head_dim=128, dtype=torch.bfloat16, alibi=True, seed=11))
+    for threads in (1, 3):  # one thread takes all kv heads of a token at once, several share them
+        torch.testing.assert_close(on_threads(threads, lambda: step.run(impl)).double(), step.oracle(), atol=4e-6, rtol=0)
+
+
 def test_more_heads_share_a_kv_head_than_a_tile_has_rows(impl):
     step = Step(Case(((2, 300), (1, 10)), heads=(70, 1), head_dim=16, seed=4))
     torch.testing.assert_close(step.run(impl).double(), step.oracle(), atol=4e-6, rtol=0)
@@ -159,6 +165,9 @@ VARIANTS = {
     "float32": Case(MIXED),
     "bfloat16": Case(MIXED, dtype=torch.bfloat16),
     "float16, odd head_dim": Case(MIXED, dtype=torch.float16, head_dim=40, heads=(8, 2)),
+    "bfloat16, a head_dim without pairs": Case(MIXED, dtype=torch.bfloat16, head_dim=65, heads=(14, 2)),
+    "bfloat16, half a vector of pairs": Case(MIXED, dtype=torch.bfloat16, head_dim=80, heads=(4, 2)),
+    "more kv heads than a unit takes": Case(MIXED, head_dim=16, heads=(70, 70)),
     "window": Case(MIXED, window=100),
     "window over partitions": Case(MIXED, window=300, block_size=8),
     "everything": Case(MIXED, window=200, softcap=20.0, alibi=True, heads=(4, 4), head_dim=72),
@@ -183,7 +192,7 @@ def test_chunks_and_the_whole_are_the_same_bits(kernels, name, chunk):
     assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("sequences", [MIXED, ((1, 3000),), ((1, 2000), (1, 900)), ((40, 1500),), ((330, 330),)])
+@pytest.mark.parametrize("sequences", [MIXED, ((1, 3000),), ((1, 2000), (1, 900)), ((1, 700),) * 7, ((40, 1500),), ((330, 330),)])
 @pytest.mark.parametrize("window", [0, 700])
 def test_threads_do_not_change_bits(kernels, on_threads, sequences, window):
     step = Step(Case(sequences, window=window, dtype=torch.bfloat16, seed=8))
