@@ -5,7 +5,7 @@ and values come from memory as they do in a model. The floor is the bandwidth of
 ``--against`` the same is timed for the kernels of another checkout, in a process of its own and in turns with this one, and the
 results of both are compared bit by bit. Prints a table for people and one JSON object as the last line:
 
-    python benchmarks/cpu_attention.py --threads 1,2 --against ../octavo-before
+    python benchmarks/cpu_attention.py --threads 1 2 --against ../octavo-before
 """
 
 from __future__ import annotations
@@ -13,35 +13,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
+from cpu_timing import CACHES, DTYPES, seconds
 
 LIBRARY = Path("octavo") / "ops" / "_C.so"  # within a checkout
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3.2-1B": (32, 8, 64), "Llama-3.1-8B": (32, 8, 128)}  # heads, kv heads, head_dim
 STEPS = ((1, 512), (1, 4096), (16, 1024), (64, 512))  # sequences, keys of each
-CACHES = 96 << 20  # bytes of keys and values to rotate over; more than the last-level cache of common machines
 BLOCK = 16
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def seconds(call: Callable[[int], object], budget: float) -> float:
-    """Median time of call(i) for i = 0, 1, ... within about `budget` seconds, after two calls that do not count."""
-    call(0), call(1)
-    times: list[float] = []
-    end = time.perf_counter() + budget
-    while len(times) < 5 or (time.perf_counter() < end and len(times) < 1000):
-        start = time.perf_counter()
-        call(len(times))
-        times.append(time.perf_counter() - start)
-    return median(times)
 
 
 class Decode:
@@ -115,9 +100,7 @@ class Worker:
         return self._answer()
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
 
 
 def measure(workers: list[Worker], threads: int, dtype: str, args: argparse.Namespace) -> list[dict[str, object]]:
@@ -125,13 +108,9 @@ def measure(workers: list[Worker], threads: int, dtype: str, args: argparse.Name
     before = f" {'before us':>10} {'gain':>6} {'bits':>9}" if args.against else ""
     print(f"{'model':>14} {'step':>8} {'us':>9} {'GB/s':>6} {'read':>6} {'of read':>8}{before}")
     figures: list[dict[str, object]] = []
-    for model, shape in MODELS.items():
-        if args.models and model not in args.models.split(","):
-            continue
-        for sequences, keys in STEPS:
-            if args.steps and f"{sequences}x{keys}" not in args.steps.split(","):
-                continue
-            made = [worker.ask(step=(*shape, sequences, keys, dtype), threads=threads) for worker in workers]
+    for model in args.models:
+        for sequences, keys in args.steps:
+            made = [worker.ask(step=(*MODELS[model], sequences, keys, dtype), threads=threads) for worker in workers]
             rounds = [[worker.ask(budget=args.budget / args.rounds) for worker in workers] for _ in range(args.rounds)]
             times = [median(one[i]["seconds"] for one in rounds) for i in range(len(workers))]
             read = median(answer["read"] for one in rounds for answer in one)
@@ -154,37 +133,45 @@ def measure(workers: list[Worker], threads: int, dtype: str, args: argparse.Name
     return figures
 
 
-def main() -> None:
+def step_of(word: str) -> tuple[int, int]:
+    """Sequences, and keys of each; ValueError for what is neither."""
+    sequences, keys = map(int, word.split("x"))
+    return sequences, keys
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", default="1,2", help="comma-separated thread counts")
-    parser.add_argument("--dtypes", default="bfloat16,float32", help="comma-separated types of the cache")
-    parser.add_argument("--models", default="", help=f"comma-separated, of {', '.join(MODELS)}; all without it")
-    parser.add_argument("--steps", default="", help="comma-separated, such as 1x512,16x1024; all without it")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"], help="types of the cache")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--steps", type=step_of, nargs="+", default=STEPS, help="sequences x keys of each, such as 1x512")
     parser.add_argument("--budget", type=float, default=0.6, help="seconds for each time, in all rounds together")
     parser.add_argument("--rounds", type=int, default=5, help="turns that each process gets")
     parser.add_argument("--against", type=Path, help="another checkout, built with make ext")
     parser.add_argument("--isa", default="auto", help="plain, avx2, avx512 or auto")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.work:
         work(args.work, args.isa)
         return
     checkouts = [ROOT, args.against.resolve()] if args.against else [ROOT]
-    commits = [
-        subprocess.run(["git", "-C", str(path), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-        for path in checkouts
-    ]
     workers = [Worker(path, args.isa) for path in checkouts]
     figures = []
     try:
-        for threads in map(int, args.threads.split(",")):
-            for dtype in args.dtypes.split(","):
+        for threads in args.threads:
+            for dtype in args.dtypes:
                 figures += measure(workers, threads, dtype, args)
     finally:
         for worker in workers:
             worker.close()
-    machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "isa": workers[0].isa}
-    print(json.dumps({"benchmark": "cpu_attention", "commits": commits, **machine, "figures": figures}))
+    from octavo.bench.report import (  # not in a worker, which loads the kernels of one checkout and nothing else
+        json_line,
+        machine,
+    )
+
+    name = ["git", "-C", str(checkouts[-1]), "describe", "--always", "--dirty", "--abbrev=12"]
+    before = subprocess.run(name, capture_output=True, text=True).stdout.strip() if args.against else None
+    print(json_line({"benchmark": "cpu_attention", **machine(), "against": before, "isa": workers[0].isa, "figures": figures}))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from cpu_timing import CACHES, DTYPES, seconds
 from torch import Tensor
 
 from octavo import ops
@@ -24,21 +23,6 @@ from octavo import ops
 # (K, N): the layers and the head of SmolLM2-135M, and one layer of a larger model
 SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152), (2048, 8192))
 ROWS = (1, 4, 16, 64, 512)
-CACHES = 96 << 20  # bytes of weights to rotate over; more than the last-level cache of common machines
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def seconds(call: Callable[[int], object], budget: float) -> float:
-    """Median time of call(i) for i = 0, 1, ... within about `budget` seconds, after two calls that do not count."""
-    call(0), call(1)
-    times: list[float] = []
-    end = time.perf_counter() + budget
-    while len(times) < 5 or (time.perf_counter() < end and len(times) < 1000):
-        start = time.perf_counter()
-        call(len(times))
-        times.append(time.perf_counter() - start)
-    times.sort()
-    return times[len(times) // 2]
 
 
 def read_bandwidth() -> float:

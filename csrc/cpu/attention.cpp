@@ -35,16 +35,7 @@ void load_keys(const Problem& a, const Cells& cells, int64_t first, int64_t begi
       if (i + j >= begin && i + j + key_tile < cells.end) prefetch_row(keys + cells.at[i + j + key_tile], a.head_dim);
     }
     const bool whole = i >= begin && i + lanes <= end;
-    for (int64_t d = 0; d < a.head_dim; d += lanes) {
-      const int64_t dims = a.head_dim - d;
-      Vec square[lanes];
-      if (whole && dims >= lanes)
-        for (int j = 0; j < lanes; ++j) square[j] = load(row[j] + d);
-      else
-        for (int j = 0; j < lanes; ++j) square[j] = row[j] ? load(row[j] + d, dims) : broadcast(0.0f);
-      transpose(square);
-      for (int64_t j = 0; j < least(lanes, dims); ++j) store(to + (d + j) * key_tile + i - first, square[j]);
-    }
+    for (int64_t d = 0; d < a.head_dim; d += lanes) transpose_square(row, whole, d, a.head_dim, to + i - first);
   }
 }
 

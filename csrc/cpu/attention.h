@@ -169,6 +169,20 @@ inline void prefetch_row(const T* row, int64_t head_dim) {
   for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
 }
 
+// to[(d + j) * key_tile + k] = element d + j of the k-th of a vector of keys, for the dims [d, width), as many as a vector has; zero for a
+// key that is not there (null). `whole`: all are.
+template <class Element>
+inline void transpose_square(const Element* const* row, bool whole, int64_t d, int64_t width, float* to) {
+  const int64_t dims = width - d;
+  Vec square[lanes];
+  if (whole && dims >= lanes)
+    for (int j = 0; j < lanes; ++j) square[j] = load(row[j] + d);
+  else
+    for (int j = 0; j < lanes; ++j) square[j] = row[j] ? load(row[j] + d, dims) : broadcast(0.0f);
+  transpose(square);
+  for (int64_t j = 0; j < least(lanes, dims); ++j) store(to + (d + j) * key_tile, square[j]);
+}
+
 // --- softmax --------------------------------------------------------------------------------------------------------------------
 
 // What a row knows after some partitions: maximum, sum of weights, weighted values; maximum = -inf with sum = 0 means "nothing yet".

@@ -21,15 +21,8 @@ void transpose_keys(const T* keys, const int64_t* at, int64_t first, int64_t beg
     for (int j = 0; j < lanes; ++j) row[j] = i + j >= begin && i + j < end ? reinterpret_cast<const Element*>(keys + at[i + j]) : nullptr;
     const bool whole = i >= begin && i + lanes <= end;
     for (int64_t d = 0; d < width; d += lanes) {
-      const int64_t dims = width - d;
       ahead.ask(lanes * lanes * 4 / 64 / 4);  // a quarter of these rows; multiply() asks for the rest
-      Vec square[lanes];
-      if (whole && dims >= lanes)
-        for (int j = 0; j < lanes; ++j) square[j] = load(row[j] + d);
-      else
-        for (int j = 0; j < lanes; ++j) square[j] = row[j] ? load(row[j] + d, dims) : broadcast(0.0f);
-      transpose(square);
-      for (int64_t j = 0; j < least(lanes, dims); ++j) store(to + (d + j) * key_tile + i - first, square[j]);
+      transpose_square(row, whole, d, width, to + i - first);
     }
   }
 }

@@ -287,3 +287,23 @@ def test_the_overhead_of_an_engine_is_measured(script: Any, capsys: pytest.Captu
     (result,) = found["results"]
     assert "threads" in found["machine"] and "commit" in found and found["versions"]["octavo"]
     assert result["rows"] == 16 and result["finished"] == 2 and result["running_at_end"] == 14 and result["mean_us"] > 0
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_attention_of_a_cpu_is_measured_against_another_checkout(
+    script: Any, capsys: pytest.CaptureFixture[str], against: bool
+) -> None:
+    words = ["--threads", "1", "--dtypes", "bfloat16", "--models", "SmolLM2-135M", "--steps", "1x40", "--budget", "0.01",
+             "--rounds", "2"]
+    script("cpu_attention").main([*words, *(["--against", str(FOLDER.parent)] if against else [])])
+    found = last(capsys)
+    (figure,) = found["figures"]
+    assert figure["us"] > 0 and figure["read_gb_per_s"] > 0 and found["machine"] and (found["against"] is None) != against
+    assert figure.get("same_bits", False) == against == ("gain" in figure) and figure["keys"] == 40
+    with pytest.raises(SystemExit):
+        script("cpu_attention").main(["--models", "none-such"])
+
+
+def test_products_of_a_cpu_are_measured(script: Any) -> None:
+    timing = script("cpu_timing")
+    assert timing.seconds(lambda i: sum(range(1000 * (i % 2))), 0.0) > 0 and script("cpu_gemm").seconds is timing.seconds
